@@ -1,0 +1,3 @@
+"""Linux's IOMMU user API, complete in user space."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,127 @@
+"""File: an open file of the software machine, whoever holds it.
+
+``/dev/iommu``, fault and event queues, mock access files, dma-bufs and VFIO devices are all Files. A File outlives every
+descriptor that names it; :meth:`File.release` runs once, when the last reference (descriptor, mapping, message in
+flight, kernel-internal reference) is gone. Descriptors are the business of whoever projects the File: the
+interposer (a carrier descriptor in the program) or the in-process backend.
+"""
+
+from __future__ import annotations
+
+import errno
+import threading
+from collections.abc import Callable
+from typing import TYPE_CHECKING, ClassVar
+
+from iommufd.errors import KernelError
+
+if TYPE_CHECKING:
+    from iommufd.engine.task import Task
+
+POLLIN, POLLOUT, POLLRDNORM, POLLWRNORM = 0x001, 0x004, 0x040, 0x100
+ALWAYS_READY = POLLIN | POLLOUT | POLLRDNORM | POLLWRNORM
+
+
+class Pending:
+    """A deferred answer: a call whose result is not known when its handler returns.
+
+    The handler returns it instead of an int; whoever answers the caller registers one callback with :meth:`then`, and
+    the engine completes it once, from any thread, with :meth:`finish` (a result) or :meth:`fail` (a KernelError).
+    A caller that is killed meanwhile is told to the engine with :meth:`drop`.
+    """
+
+    __slots__ = ("_done", "_lock", "_on_drop", "dropped", "error", "result")
+
+    def __init__(self, on_drop: Callable[[], None] | None = None) -> None:
+        self.result: int | None = None
+        self.error: KernelError | None = None
+        self.dropped = False
+        self._done: Callable[[Pending], None] | None = None
+        self._lock = threading.Lock()
+        self._on_drop = on_drop
+
+    def then(self, done: Callable[[Pending], None]) -> None:
+        """Calls ``done(self)`` once the answer is there (at once if it already is)."""
+        with self._lock:
+            if self.result is None and self.error is None:
+                self._done = done
+                return
+        done(self)
+
+    def finish(self, result: int) -> None:
+        self._complete(result, None)
+
+    def fail(self, error: KernelError) -> None:
+        self._complete(None, error)
+
+    def _complete(self, result: int | None, error: KernelError | None) -> None:
+        with self._lock:
+            if self.result is not None or self.error is not None:
+                return
+            self.result, self.error = result, error
+            done, self._done = self._done, None
+        if done is not None:
+            done(self)
+
+    def drop(self) -> None:
+        """The caller is gone; nobody will read the answer."""
+        self.dropped = True
+        if self._on_drop is not None:
+            self._on_drop()
+
+
+class File:
+    """Base of all Files; the defaults are those of a file without the operation (the kernel's errnos).
+
+    ``link`` is what ``/proc/self/fd/N`` shows. ``carrier`` says how the interposer represents it in the program:
+    ``"memory"`` (always ready, can be mapped) or ``"queue"`` (readiness changes; :meth:`poll_changed` is set then).
+    ``references`` counts descriptors-holders plus kernel-internal references; see :meth:`get` and :meth:`put`.
+    """
+
+    link: ClassVar[str] = "anon_inode:[iommufd]"
+    carrier: ClassVar[str] = "memory"
+    mode: int = 2  # open access mode: 0 O_RDONLY, 1 O_WRONLY, 2 O_RDWR
+
+    def __init__(self) -> None:
+        self.references = 1
+        self._reference_lock = threading.Lock()
+        self.poll_changed: Callable[[int], None] | None = None  # set by the projector; called with the new poll mask
+
+    def get(self) -> None:
+        """One more reference (a kernel-internal one, or a further projection)."""
+        with self._reference_lock:
+            self.references += 1
+
+    def put(self) -> None:
+        """One reference less; the last one runs :meth:`release`."""
+        with self._reference_lock:
+            self.references -= 1
+            last = self.references == 0
+        if last:
+            self.release()
+
+    def ioctl(self, task: Task, cmd: int, arg: int) -> int | Pending:
+        """One ioctl; ``arg`` is the raw third argument. Returns the non-negative result or raises KernelError."""
+        raise KernelError(errno.ENOTTY, f"this file has no ioctl {cmd:#x}")
+
+    def read(self, task: Task, addr: int, count: int, pos: int | None = None) -> int | Pending:
+        """read (``pos`` None) or pread into the caller's memory at ``addr``; returns bytes."""
+        raise KernelError(errno.EINVAL, "this file cannot be read")
+
+    def write(self, task: Task, addr: int, count: int, pos: int | None = None) -> int | Pending:
+        """write (``pos`` None) or pwrite from the caller's memory at ``addr``; returns bytes."""
+        raise KernelError(errno.EINVAL, "this file cannot be written")
+
+    def lseek(self, task: Task) -> int:
+        raise KernelError(errno.ESPIPE, "this file has no position")
+
+    def poll(self) -> int:
+        """The current poll mask (POLLIN and so on)."""
+        return ALWAYS_READY
+
+    def mmap(self, task: Task, offset: int, length: int, prot: int, shared: bool) -> tuple[int, int]:
+        """Checks a mapping and returns ``(fd, offset)`` of the memory behind it; ``length`` is whole pages."""
+        raise KernelError(errno.ENODEV, "this file cannot be mapped")
+
+    def release(self) -> None:
+        """The last reference went. Never fails."""
