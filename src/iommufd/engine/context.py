@@ -1,0 +1,61 @@
+"""Context: one open of ``/dev/iommu`` (kernel: struct iommufd_ctx).
+
+Everything a program makes belongs to the open file it made it through; the last reference to that file tears all of it
+down (core 1.1). Kernel-internal holders (fault queues, access files, bound devices) keep the context with
+:meth:`~iommufd.engine.file.File.get`.
+"""
+
+from __future__ import annotations
+
+import errno
+from typing import TYPE_CHECKING
+
+from iommufd.engine.dispatch import FIRST_NR, dispatch
+from iommufd.engine.file import File, Pending
+from iommufd.engine.object import ObjectTable
+from iommufd.errors import KernelError
+from iommufd.memory.accounting import Mode
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from iommufd.engine.ioas import IOAS
+    from iommufd.engine.task import Task
+    from iommufd.engine.world import World
+
+IOMMUFD_TYPE = 0x3B00
+
+
+class Context(File):
+    """State of one open file: its objects, its account mode (core 6.1), its compatibility IOAS (core 4.16).
+
+    ``account_mode`` is Mode.USER, or Mode.MM for a context opened through /dev/vfio/vfio.
+    """
+
+    link = "/dev/iommu"
+
+    def __init__(self, world: World, *, account_mode: Mode = Mode.USER, mode: int = 2) -> None:
+        super().__init__()
+        self.world = world
+        self.objects = ObjectTable(world)
+        self.account_mode = account_mode
+        self.compat_ioas: IOAS | None = None
+        self.no_iommu_mode = False
+        self.mode = mode
+        self.on_release: list[Callable[[Context], None]] = []
+
+    def ioctl(self, task: Task, cmd: int, arg: int) -> int | Pending:
+        """core 1.3: the native table by ``nr``, everything else to the VFIO-compatible commands."""
+        nr = cmd & 0xFF
+        if nr < FIRST_NR or nr > self.world.top_nr:  # row 1
+            compat = self.world.compat_ioctl
+            if compat is None:
+                raise KernelError(errno.ENOTTY, f"there is no command {cmd:#x}")
+            return compat(self, task, cmd, arg)
+        return dispatch(self, task, cmd, arg)
+
+    def release(self) -> None:
+        """The last reference went: everything goes, leaves first (core 2.8)."""
+        self.objects.teardown()
+        for done in self.on_release:
+            done(self)

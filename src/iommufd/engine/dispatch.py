@@ -1,0 +1,213 @@
+"""Dispatch: one table of commands, and everything the kernel checks centrally checked centrally (core 1.3-1.6).
+
+A row binds a :class:`~iommufd.uapi.commands.Command` (number, struct, smallest size, release) to a handler and a
+response rule. A handler receives a :class:`Call` whose ``cmd`` is the struct, copied in and zero-extended; it raises
+KernelError or returns the ioctl's result (None means 0). Objects and files it makes are registered on the call, so that
+one place publishes them after the response went out, or undoes them.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable
+from enum import Enum
+from typing import TYPE_CHECKING, TypeVar, cast
+
+from iommufd.engine.file import File, Pending
+from iommufd.engine.object import Object
+from iommufd.errors import KernelError
+
+if TYPE_CHECKING:
+    from iommufd.engine.context import Context
+    from iommufd.engine.task import Task
+    from iommufd.engine.world import World
+    from iommufd.uapi.commands import Command
+    from iommufd.uapi.declare import Struct
+
+FIRST_NR = 0x80
+
+
+class Respond(Enum):
+    """What goes back to the caller's struct."""
+
+    NOTHING = 0
+    ON_SUCCESS = 1  # the whole struct, min(size, full) bytes
+    HANDLER = 2  # the handler calls Call.respond itself (its response differs from the two above)
+
+
+class Call:
+    """One ioctl on its way through the engine.
+
+    ``cmd`` is the typed struct (class per row); ``size`` what the caller said; ``new`` the object under construction;
+    ``new_file`` the descriptor reserved for a file it will receive. ``held`` are the lookups to drop at the end.
+    """
+
+    __slots__ = ("arg", "cmd", "context", "held", "new", "new_file", "number", "raw", "row", "size", "task", "undo", "world")
+
+    def __init__(self, context: Context, task: Task, number: int, arg: int) -> None:
+        self.context = context
+        self.world: World = context.world
+        self.task = task
+        self.number = number
+        self.arg = arg
+        self.size = 0
+        self.row: Row | None = None
+        self.cmd: Struct = cast("Struct", None)
+        self.raw = b""
+        self.held: list[Object] = []
+        self.new: list[Object] = []
+        self.new_file: list[tuple[int, File]] = []
+        self.undo: list[Callable[[], None]] = []
+
+    def get(self, number: int, kind: type[T]) -> T:
+        """The object ``number`` of type ``kind``, held until the call ends; ENOENT otherwise (core 2.2)."""
+        if self.world.fail is not None and self.world.fail("object lookup", self.task):
+            raise KernelError(errno.ENOENT, f"fault injection: lookup of id {number}")
+        obj = self.context.objects.get(number, kind)
+        self.held.append(obj)
+        return cast("T", obj)
+
+    def get_any(self, number: int) -> Object:
+        """The object ``number`` whatever its type, held until the call ends; ENOENT otherwise."""
+        return self.get(number, Object)
+
+    def reserve(self, obj: T) -> T:
+        """Starts a creation: the object gets its ID now and is published after the response, or aborted."""
+        self.context.objects.reserve(obj)
+        self.new.append(obj)
+        return obj
+
+    def reserve_fd(self, file: File, cloexec: bool = True) -> int:
+        """Reserves a descriptor number for ``file``; installed after the response, or given back with one ``put``."""
+        try:
+            fd = self.task.reserve_fd(cloexec)
+        except KernelError:
+            file.put()
+            raise
+        self.new_file.append((fd, file))
+        return fd
+
+    def on_error(self, undo: Callable[[], None]) -> None:
+        """Registers what undoes a side effect if the call fails after this point (run in reverse order)."""
+        self.undo.append(undo)
+
+    def respond(self) -> None:
+        """Writes min(size, full) bytes of the struct back (core 1.5); EFAULT if that fails."""
+        row = self.row
+        assert row is not None
+        data = self.cmd.pack()
+        length = self.size if self.size < row.full else row.full
+        self.task.write(self.arg, data if length == len(data) else data[:length])
+
+
+T = TypeVar("T", bound=Object)
+Handler = Callable[[Call], "int | Pending | None"]
+
+
+class Row:
+    """One command of the table. ``full`` is the struct's size as the machine's release knew it."""
+
+    __slots__ = ("command", "full", "handler", "minimum", "number", "respond", "struct", "unpack")
+
+    def __init__(self, command: Command, handler: Handler, respond: Respond, release: tuple[int, int]) -> None:
+        self.command = command
+        self.number = command.number
+        self.struct = command.struct
+        self.unpack = command.struct.unpack
+        self.minimum = command.minimum
+        self.full = command.struct.size_in(release)
+        self.handler = handler
+        self.respond = respond
+
+
+def build_table(rows: list[tuple[Command, Handler, Respond]], release: tuple[int, int]) -> dict[int, Row]:
+    """The dispatch table, by full command number, of what ``release`` had."""
+    return {c.number: Row(c, handler, respond, release) for c, handler, respond in rows if c.since <= release}
+
+
+def find_nonzero(task: Task, start: int, end: int) -> None:
+    """core 1.3 row 5: every byte of ``[start, end)`` must be zero; ascending, so a nonzero byte beats a later fault."""
+    while start < end:
+        want = min(end - start, 65536)
+        data = task.read_upto(start, want)
+        if data.strip(b"\0"):
+            raise KernelError(errno.E2BIG, f"bytes after the known struct, from {start:#x} on, are not zero")
+        if len(data) < want:
+            raise KernelError(errno.EFAULT, f"the struct's tail at {start + len(data):#x} cannot be read")
+        start += want
+
+
+def dispatch(context: Context, task: Task, number: int, arg: int) -> int | Pending:
+    """core 1.3 rows 2-9 for a command number inside the table's range."""
+    call = Call(context, task, number, arg)
+    instruments = context.world.instruments
+    try:
+        result = _run(call)
+    except KernelError as error:
+        for instrument in instruments:
+            instrument.ioctl_exit(call, -1, error)
+        raise
+    if instruments and isinstance(result, int):
+        for instrument in instruments:
+            instrument.ioctl_exit(call, result, None)
+    return result
+
+
+def _run(call: Call) -> int | Pending:
+    task, arg, number = call.task, call.arg, call.number
+    row = call.world.table.get(number)
+    full = row.full if row is not None else 4
+    head = task.read_upto(arg, full)
+    if len(head) < 4:  # row 2
+        raise KernelError(errno.EFAULT, f"the struct's size at {arg:#x} cannot be read")
+    size = int.from_bytes(head[:4], "little")
+    call.size = size
+    if row is None:  # row 3
+        raise KernelError(errno.ENOTTY, f"there is no command {number:#x}")
+    call.row = row
+    if size < row.minimum:  # row 4
+        raise KernelError(errno.EINVAL, f"size {size} is less than the {row.minimum} bytes this command needs")
+    if size > full:  # row 5
+        find_nonzero(task, arg + full, arg + size)
+        want = full
+    else:
+        want = size
+    if len(head) < want:  # row 6
+        raise KernelError(errno.EFAULT, f"only {len(head)} of the struct's {want} bytes at {arg:#x} can be read")
+    call.raw = head if want == full else head[:want]
+    call.cmd = row.unpack(call.raw)  # row 7: a missing tail reads as zero
+    for instrument in call.world.instruments:
+        instrument.ioctl_enter(call)
+    try:
+        result = row.handler(call)  # row 8
+        if row.respond is Respond.ON_SUCCESS:
+            call.respond()
+    except BaseException:  # row 9, in reverse; whatever went wrong, nothing half-made stays
+        _abort(call)
+        raise
+    for fd, file in call.new_file:
+        task.install_fd(fd, file)
+    if call.new:
+        with call.world.lock:
+            for obj in call.new:
+                call.context.objects.publish(obj)
+    if call.held:
+        _release(call)
+    return 0 if result is None else result
+
+
+def _release(call: Call) -> None:
+    put = call.context.objects.put
+    for obj in reversed(call.held):
+        put(obj)
+
+
+def _abort(call: Call) -> None:
+    for fd, file in reversed(call.new_file):
+        call.task.release_fd(fd)
+        file.put()
+    for undo in reversed(call.undo):
+        undo()
+    for obj in reversed(call.new):
+        call.context.objects.abort(obj)
+    _release(call)

@@ -1,0 +1,67 @@
+"""World: what all open files of one software machine share.
+
+One lock. ``World.lock`` is plain (not re-entrant) and guards state transitions only: object tables, area trees, group and
+queue state. It is never held while caller memory is touched, pages are pinned, an unmap callback, an Instrument or
+device code runs, or anything waits. ``World.changed`` is a condition on the same lock: work in flight is visible state
+(reserved ids, in-progress areas, ``prevent_access``), and whoever must wait for such a state to pass waits on it.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING
+
+from iommufd.memory.physical import Physical
+
+if TYPE_CHECKING:
+    from iommufd.engine.context import Context
+    from iommufd.engine.dispatch import Row
+    from iommufd.engine.file import Pending
+    from iommufd.engine.instrument import Instrument
+    from iommufd.engine.task import Task
+
+LATEST = (7, 3)
+
+FailHook = Callable[[str, "Task | None"], bool]
+CompatIoctl = Callable[["Context", "Task", int, int], "int | Pending"]
+
+
+class World:
+    """Shared state and build configuration of one machine.
+
+    ``kernel`` is the release whose uAPI is shown; newer commands do not exist and newer struct fields are unknown.
+    ``defects`` names the known bugs of a release that this machine reproduces. ``noiommu`` and ``vfio_container`` are
+    CONFIG_IOMMUFD_NOIOMMU and CONFIG_IOMMUFD_VFIO_CONTAINER; CONFIG_IOMMUFD_TEST is present when selftest/ has added its
+    row. ``fail`` is the fault-injection hook; None (nobody injects) costs one test.
+    """
+
+    def __init__(
+        self,
+        *,
+        kernel: tuple[int, int] = LATEST,
+        defects: Iterable[str] = (),
+        noiommu: bool = True,
+        vfio_container: bool = False,
+    ) -> None:
+        self.lock = threading.Lock()
+        self.changed = threading.Condition(self.lock)
+        self.physical = Physical()
+        self.kernel = kernel
+        self.defects = frozenset(defects)
+        self.noiommu = noiommu
+        self.vfio_container = vfio_container
+        self.table: dict[int, Row] = {}
+        self.top_nr = 0x95  # highest ``nr`` of the native table (core 1.3): 0xa0 once selftest/ has added its row
+        self.compat_ioctl: CompatIoctl | None = None
+        self.instruments: list[Instrument] = []
+        self.fail: FailHook | None = None
+
+    def failpoint(self, name: str, task: Task | None) -> bool:
+        """True when fault injection wants the point ``name`` (core 10) to fail now."""
+        return self.fail is not None and self.fail(name, task)
+
+    def event(self, name: str, **fields: object) -> None:
+        """Tells every instrument; call it only behind ``if world.instruments``."""
+        for instrument in self.instruments:
+            instrument.event(name, **fields)
