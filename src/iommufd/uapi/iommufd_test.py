@@ -1,0 +1,1006 @@
+"""``IOMMU_TEST_CMD``: the command of kernels built with CONFIG_IOMMUFD_TEST, and what its mock hardware exchanges.
+
+The C struct is one head (size, op, id) over a union. Here each op has a struct of its own, all 72 bytes long with the same
+head and ``last`` at 64; :class:`iommu_test_cmd` is the head alone, and :data:`ARMS` leads from op to struct. Where an arm has
+a member ``id`` of its own it is the attribute ``arm_id``.
+
+Layout and values: mock device chapter, section 1.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum, IntFlag
+
+from iommufd.uapi.declare import IO, Struct, field, s32, struct, u32, u64
+from iommufd.uapi.iommufd.faults import iommu_hwpt_pgfault_perm
+from iommufd.uapi.iommufd.numbers import IOMMUFD_TYPE
+
+IOMMU_TEST_CMD = IO(IOMMUFD_TYPE, 0x80 + 32)
+
+IOMMU_TEST_OP_ADD_RESERVED = 1
+IOMMU_TEST_OP_MOCK_DOMAIN = 2
+IOMMU_TEST_OP_MD_CHECK_MAP = 3
+IOMMU_TEST_OP_MD_CHECK_REFS = 4
+IOMMU_TEST_OP_CREATE_ACCESS = 5
+IOMMU_TEST_OP_DESTROY_ACCESS_PAGES = 6
+IOMMU_TEST_OP_ACCESS_PAGES = 7
+IOMMU_TEST_OP_ACCESS_RW = 8
+IOMMU_TEST_OP_SET_TEMP_MEMORY_LIMIT = 9
+IOMMU_TEST_OP_MOCK_DOMAIN_REPLACE = 10
+IOMMU_TEST_OP_ACCESS_REPLACE_IOAS = 11
+IOMMU_TEST_OP_MOCK_DOMAIN_FLAGS = 12
+IOMMU_TEST_OP_DIRTY = 13
+IOMMU_TEST_OP_MD_CHECK_IOTLB = 14
+IOMMU_TEST_OP_TRIGGER_IOPF = 15
+IOMMU_TEST_OP_DEV_CHECK_CACHE = 16
+IOMMU_TEST_OP_TRIGGER_VEVENT = 17
+IOMMU_TEST_OP_PASID_ATTACH = 18
+IOMMU_TEST_OP_PASID_REPLACE = 19
+IOMMU_TEST_OP_PASID_DETACH = 20
+IOMMU_TEST_OP_PASID_CHECK_HWPT = 21
+IOMMU_TEST_OP_DMABUF_GET = 22
+IOMMU_TEST_OP_DMABUF_REVOKE = 23
+
+
+class iommu_test_op(IntEnum):
+    """Values of ``op``."""
+
+    ADD_RESERVED = IOMMU_TEST_OP_ADD_RESERVED
+    MOCK_DOMAIN = IOMMU_TEST_OP_MOCK_DOMAIN
+    MD_CHECK_MAP = IOMMU_TEST_OP_MD_CHECK_MAP
+    MD_CHECK_REFS = IOMMU_TEST_OP_MD_CHECK_REFS
+    CREATE_ACCESS = IOMMU_TEST_OP_CREATE_ACCESS
+    DESTROY_ACCESS_PAGES = IOMMU_TEST_OP_DESTROY_ACCESS_PAGES
+    ACCESS_PAGES = IOMMU_TEST_OP_ACCESS_PAGES
+    ACCESS_RW = IOMMU_TEST_OP_ACCESS_RW
+    SET_TEMP_MEMORY_LIMIT = IOMMU_TEST_OP_SET_TEMP_MEMORY_LIMIT
+    MOCK_DOMAIN_REPLACE = IOMMU_TEST_OP_MOCK_DOMAIN_REPLACE
+    ACCESS_REPLACE_IOAS = IOMMU_TEST_OP_ACCESS_REPLACE_IOAS
+    MOCK_DOMAIN_FLAGS = IOMMU_TEST_OP_MOCK_DOMAIN_FLAGS
+    DIRTY = IOMMU_TEST_OP_DIRTY
+    MD_CHECK_IOTLB = IOMMU_TEST_OP_MD_CHECK_IOTLB
+    TRIGGER_IOPF = IOMMU_TEST_OP_TRIGGER_IOPF
+    DEV_CHECK_CACHE = IOMMU_TEST_OP_DEV_CHECK_CACHE
+    TRIGGER_VEVENT = IOMMU_TEST_OP_TRIGGER_VEVENT
+    PASID_ATTACH = IOMMU_TEST_OP_PASID_ATTACH
+    PASID_REPLACE = IOMMU_TEST_OP_PASID_REPLACE
+    PASID_DETACH = IOMMU_TEST_OP_PASID_DETACH
+    PASID_CHECK_HWPT = IOMMU_TEST_OP_PASID_CHECK_HWPT
+    DMABUF_GET = IOMMU_TEST_OP_DMABUF_GET
+    DMABUF_REVOKE = IOMMU_TEST_OP_DMABUF_REVOKE
+
+MOCK_APERTURE_START = 0x1000000
+MOCK_APERTURE_LAST = 0x7FFFFFFF
+MOCK_PAGE_SIZE = 2048
+MOCK_HUGE_PAGE_SIZE = 512 * MOCK_PAGE_SIZE
+MOCK_IOMMUPT_DEFAULT = 0
+MOCK_IOMMUPT_HUGE = 1
+MOCK_FLAGS_ACCESS_WRITE = 1 << 0
+MOCK_FLAGS_ACCESS_SYZ = 1 << 16
+MOCK_ACCESS_RW_WRITE = 1 << 0
+MOCK_ACCESS_RW_SLOW_PATH = 1 << 2
+MOCK_FLAGS_ACCESS_CREATE_NEEDS_PIN_PAGES = 1 << 0
+MOCK_FLAGS_DEVICE_NO_DIRTY = 1 << 0
+MOCK_FLAGS_DEVICE_PASID = 1 << 2
+MOCK_NESTED_DOMAIN_IOTLB_ID_MAX = 3
+MOCK_NESTED_DOMAIN_IOTLB_NUM = 4
+MOCK_DEV_CACHE_ID_MAX = 3
+MOCK_DEV_CACHE_NUM = 4
+MOCK_PASID_WIDTH = 20
+IOMMU_TEST_PASID_RESERVED = 1024
+IOMMU_TEST_IOTLB_DEFAULT = 0x0BADBEEF
+IOMMU_TEST_DEV_CACHE_DEFAULT = 0x00BADDAD
+IOMMU_TEST_INVALIDATE_FLAG_ALL = 1 << 0
+IOMMU_TEST_HW_QUEUE_MAX = 2
+IOMMU_HW_INFO_TYPE_SELFTEST = 0xFEEDBEEF
+IOMMU_HW_INFO_SELFTEST_REGVAL = 0xDEADBEEF
+IOMMU_HWPT_DATA_SELFTEST = 0xDEAD
+IOMMU_HWPT_INVALIDATE_DATA_SELFTEST = 0xDEADBEEF
+IOMMU_HWPT_INVALIDATE_DATA_SELFTEST_INVALID = 0xDADBEEF
+IOMMU_VIOMMU_TYPE_SELFTEST = 0xDEADBEEF
+IOMMU_VIOMMU_INVALIDATE_DATA_SELFTEST = 0xDEADBEEF
+IOMMU_VEVENTQ_TYPE_SELFTEST = 0xBEEFBEEF
+IOMMU_HW_QUEUE_TYPE_SELFTEST = 0xDEADBEEF
+
+
+class mock_flags_access(IntFlag):
+    """Flags of ACCESS_PAGES."""
+
+    WRITE = MOCK_FLAGS_ACCESS_WRITE
+    SYZ = MOCK_FLAGS_ACCESS_SYZ
+
+
+class mock_access_rw_flags(IntFlag):
+    """Flags of ACCESS_RW."""
+
+    WRITE = MOCK_ACCESS_RW_WRITE
+    SLOW_PATH = MOCK_ACCESS_RW_SLOW_PATH
+
+
+class mock_flags_access_create(IntFlag):
+    """Flags of CREATE_ACCESS."""
+
+    NEEDS_PIN_PAGES = MOCK_FLAGS_ACCESS_CREATE_NEEDS_PIN_PAGES
+
+
+class mock_flags_device(IntFlag):
+    """Flags of MOCK_DOMAIN_FLAGS."""
+
+    NO_DIRTY = MOCK_FLAGS_DEVICE_NO_DIRTY
+    PASID = MOCK_FLAGS_DEVICE_PASID
+
+
+@struct(since="6.2", size=72)
+class iommu_test_cmd(Struct):
+    """The head every op shares; the union at 16 is not part of it.
+
+    ::
+
+        struct iommu_test_cmd {
+            __u32 size;
+            __u32 op;
+            __u32 id;
+            __u32 __reserved;
+            __u32 last;
+        };
+    """
+
+    size: u32
+    op: u32 = field(symbols=iommu_test_op)
+    id: u32
+    reserved: u32
+    last: u32 = field(offset=64)
+
+
+@struct(since="6.2", size=72)
+class test_add_reserved(Struct):
+    """Reserve the IOVA interval of ``length`` bytes at ``start`` in the IOAS ``id``.
+
+    ::
+
+        struct iommu_test_cmd {
+            __u32 size;
+            __u32 op;
+            __u32 id;
+            __u32 __reserved;
+            union {
+                struct {
+                    __aligned_u64 start;
+                    __aligned_u64 length;
+                };
+            };
+            __u32 last;
+        };
+    """
+
+    size: u32
+    op: u32 = field(symbols=iommu_test_op)
+    id: u32
+    reserved: u32
+    start: u64
+    length: u64 = field(show="dec")
+    last: u32 = field(offset=64)
+
+
+@struct(since="6.2", size=72)
+class test_mock_domain(Struct):
+    """Make a mock device and attach it to ``id`` (IOAS or HWPT).
+
+    ::
+
+        struct iommu_test_cmd {
+            __u32 size;
+            __u32 op;
+            __u32 id;
+            __u32 __reserved;
+            union {
+                struct {
+                    __u32 out_stdev_id;
+                    __u32 out_hwpt_id;
+                    __u32 out_idev_id;
+                };
+            };
+            __u32 last;
+        };
+    """
+
+    size: u32
+    op: u32 = field(symbols=iommu_test_op)
+    id: u32
+    reserved: u32
+    out_stdev_id: u32
+    out_hwpt_id: u32
+    out_idev_id: u32
+    last: u32 = field(offset=64)
+
+
+@struct(since="6.2", size=72)
+class test_md_check_map(Struct):
+    """Compare what the HWPT ``id`` translates ``[iova, iova+length)`` to with the pages behind ``uptr``.
+
+    ::
+
+        struct iommu_test_cmd {
+            __u32 size;
+            __u32 op;
+            __u32 id;
+            __u32 __reserved;
+            union {
+                struct {
+                    __aligned_u64 iova;
+                    __aligned_u64 length;
+                    __aligned_u64 uptr;
+                };
+            };
+            __u32 last;
+        };
+    """
+
+    size: u32
+    op: u32 = field(symbols=iommu_test_op)
+    id: u32
+    reserved: u32
+    iova: u64
+    length: u64 = field(show="dec")
+    uptr: u64
+    last: u32 = field(offset=64)
+
+
+@struct(since="6.2", size=72)
+class test_md_check_refs(Struct):
+    """Check that every page of ``[uptr, uptr+length)`` is pinned ``refs`` times.
+
+    ::
+
+        struct iommu_test_cmd {
+            __u32 size;
+            __u32 op;
+            __u32 id;
+            __u32 __reserved;
+            union {
+                struct {
+                    __aligned_u64 length;
+                    __aligned_u64 uptr;
+                    __u32 refs;
+                };
+            };
+            __u32 last;
+        };
+    """
+
+    size: u32
+    op: u32 = field(symbols=iommu_test_op)
+    id: u32
+    reserved: u32
+    length: u64 = field(show="dec")
+    uptr: u64
+    refs: u32
+    last: u32 = field(offset=64)
+
+
+@struct(since="6.2", size=72)
+class test_create_access(Struct):
+    """Make an access to the IOAS ``id`` and a descriptor for it.
+
+    ::
+
+        struct iommu_test_cmd {
+            __u32 size;
+            __u32 op;
+            __u32 id;
+            __u32 __reserved;
+            union {
+                struct {
+                    __u32 out_access_fd;
+                    __u32 flags;
+                };
+            };
+            __u32 last;
+        };
+    """
+
+    size: u32
+    op: u32 = field(symbols=iommu_test_op)
+    id: u32
+    reserved: u32
+    out_access_fd: u32
+    flags: u32 = field(symbols=mock_flags_access_create)
+    last: u32 = field(offset=64)
+
+
+@struct(since="6.2", size=72)
+class test_destroy_access_pages(Struct):
+    """Unpin what ACCESS_PAGES pinned.
+
+    ::
+
+        struct iommu_test_cmd {
+            __u32 size;
+            __u32 op;
+            __u32 id;
+            __u32 __reserved;
+            union {
+                struct {
+                    __u32 access_pages_id;
+                };
+            };
+            __u32 last;
+        };
+    """
+
+    size: u32
+    op: u32 = field(symbols=iommu_test_op)
+    id: u32
+    reserved: u32
+    access_pages_id: u32
+    last: u32 = field(offset=64)
+
+
+@struct(since="6.2", size=72)
+class test_access_pages(Struct):
+    """Pin ``[iova, iova+length)`` through the access ``id`` and compare with the pages behind ``uptr``.
+
+    ::
+
+        struct iommu_test_cmd {
+            __u32 size;
+            __u32 op;
+            __u32 id;
+            __u32 __reserved;
+            union {
+                struct {
+                    __u32 flags;
+                    __u32 out_access_pages_id;
+                    __aligned_u64 iova;
+                    __aligned_u64 length;
+                    __aligned_u64 uptr;
+                };
+            };
+            __u32 last;
+        };
+    """
+
+    size: u32
+    op: u32 = field(symbols=iommu_test_op)
+    id: u32
+    reserved: u32
+    flags: u32 = field(symbols=mock_flags_access)
+    out_access_pages_id: u32
+    iova: u64
+    length: u64 = field(show="dec")
+    uptr: u64
+    last: u32 = field(offset=64)
+
+
+@struct(since="6.2", size=72)
+class test_access_rw(Struct):
+    """Copy between ``uptr`` and the IOVA range through the access ``id``.
+
+    ::
+
+        struct iommu_test_cmd {
+            __u32 size;
+            __u32 op;
+            __u32 id;
+            __u32 __reserved;
+            union {
+                struct {
+                    __aligned_u64 iova;
+                    __aligned_u64 length;
+                    __aligned_u64 uptr;
+                    __u32 flags;
+                };
+            };
+            __u32 last;
+        };
+    """
+
+    size: u32
+    op: u32 = field(symbols=iommu_test_op)
+    id: u32
+    reserved: u32
+    iova: u64
+    length: u64 = field(show="dec")
+    uptr: u64
+    flags: u32 = field(symbols=mock_access_rw_flags)
+    last: u32 = field(offset=64)
+
+
+@struct(since="6.2", size=72)
+class test_set_temp_memory_limit(Struct):
+    """Limit the temporary memory of pinning loops, so that small tests reach their edges.
+
+    ::
+
+        struct iommu_test_cmd {
+            __u32 size;
+            __u32 op;
+            __u32 id;
+            __u32 __reserved;
+            union {
+                struct {
+                    __u32 limit;
+                };
+            };
+            __u32 last;
+        };
+    """
+
+    size: u32
+    op: u32 = field(symbols=iommu_test_op)
+    id: u32
+    reserved: u32
+    limit: u32
+    last: u32 = field(offset=64)
+
+
+@struct(since="6.2", size=72)
+class test_mock_domain_replace(Struct):
+    """Attach the mock device ``id`` to ``pt_id`` instead.
+
+    ::
+
+        struct iommu_test_cmd {
+            __u32 size;
+            __u32 op;
+            __u32 id;
+            __u32 __reserved;
+            union {
+                struct {
+                    __u32 pt_id;
+                };
+            };
+            __u32 last;
+        };
+    """
+
+    size: u32
+    op: u32 = field(symbols=iommu_test_op)
+    id: u32
+    reserved: u32
+    pt_id: u32 = field(direction="inout")
+    last: u32 = field(offset=64)
+
+
+@struct(since="6.2", size=72)
+class test_access_replace_ioas(Struct):
+    """Move the access ``id`` to ``ioas_id``.
+
+    ::
+
+        struct iommu_test_cmd {
+            __u32 size;
+            __u32 op;
+            __u32 id;
+            __u32 __reserved;
+            union {
+                struct {
+                    __u32 ioas_id;
+                };
+            };
+            __u32 last;
+        };
+    """
+
+    size: u32
+    op: u32 = field(symbols=iommu_test_op)
+    id: u32
+    reserved: u32
+    ioas_id: u32
+    last: u32 = field(offset=64)
+
+
+@struct(since="6.2", size=72)
+class test_mock_domain_flags(Struct):
+    """MOCK_DOMAIN with device flags.
+
+    ::
+
+        struct iommu_test_cmd {
+            __u32 size;
+            __u32 op;
+            __u32 id;
+            __u32 __reserved;
+            union {
+                struct {
+                    __u32 out_stdev_id;
+                    __u32 out_hwpt_id;
+                    __u32 out_idev_id;
+                    __u32 dev_flags;
+                };
+            };
+            __u32 last;
+        };
+    """
+
+    size: u32
+    op: u32 = field(symbols=iommu_test_op)
+    id: u32
+    reserved: u32
+    out_stdev_id: u32
+    out_hwpt_id: u32
+    out_idev_id: u32
+    dev_flags: u32 = field(symbols=mock_flags_device)
+    last: u32 = field(offset=64)
+
+
+@struct(since="6.2", size=72)
+class test_dirty(Struct):
+    """Mark IOVAs of the HWPT ``id`` dirty from the bitmap at ``uptr``.
+
+    ::
+
+        struct iommu_test_cmd {
+            __u32 size;
+            __u32 op;
+            __u32 id;
+            __u32 __reserved;
+            union {
+                struct {
+                    __u32 flags;
+                    __aligned_u64 iova;
+                    __aligned_u64 length;
+                    __aligned_u64 page_size;
+                    __aligned_u64 uptr;
+                    __aligned_u64 out_nr_dirty;
+                };
+            };
+            __u32 last;
+        };
+    """
+
+    size: u32
+    op: u32 = field(symbols=iommu_test_op)
+    id: u32
+    reserved: u32
+    flags: u32
+    iova: u64
+    length: u64 = field(show="dec")
+    page_size: u64 = field(show="dec")
+    uptr: u64
+    out_nr_dirty: u64 = field(show="dec")
+    last: u32 = field(offset=64)
+
+
+@struct(since="6.2", size=72)
+class test_md_check_iotlb(Struct):
+    """Check one word of the nested HWPT ``id``.
+
+    ::
+
+        struct iommu_test_cmd {
+            __u32 size;
+            __u32 op;
+            __u32 id;
+            __u32 __reserved;
+            union {
+                struct {
+                    __u32 id;
+                    __u32 iotlb;
+                };
+            };
+            __u32 last;
+        };
+    """
+
+    size: u32
+    op: u32 = field(symbols=iommu_test_op)
+    id: u32
+    reserved: u32
+    arm_id: u32 = field(c_name="id")
+    iotlb: u32 = field(show="hex")
+    last: u32 = field(offset=64)
+
+
+@struct(since="6.2", size=72)
+class test_trigger_iopf(Struct):
+    """Let the device ``dev_id`` send one page request.
+
+    ::
+
+        struct iommu_test_cmd {
+            __u32 size;
+            __u32 op;
+            __u32 id;
+            __u32 __reserved;
+            union {
+                struct {
+                    __u32 dev_id;
+                    __u32 pasid;
+                    __u32 grpid;
+                    __u32 perm;
+                    __aligned_u64 addr;
+                };
+            };
+            __u32 last;
+        };
+    """
+
+    size: u32
+    op: u32 = field(symbols=iommu_test_op)
+    id: u32
+    reserved: u32
+    dev_id: u32
+    pasid: u32
+    grpid: u32
+    perm: u32 = field(symbols=iommu_hwpt_pgfault_perm)
+    addr: u64
+    last: u32 = field(offset=64)
+
+
+@struct(since="6.2", size=72)
+class test_dev_check_cache(Struct):
+    """Check one word of the mock device ``id``.
+
+    ::
+
+        struct iommu_test_cmd {
+            __u32 size;
+            __u32 op;
+            __u32 id;
+            __u32 __reserved;
+            union {
+                struct {
+                    __u32 id;
+                    __u32 cache;
+                };
+            };
+            __u32 last;
+        };
+    """
+
+    size: u32
+    op: u32 = field(symbols=iommu_test_op)
+    id: u32
+    reserved: u32
+    arm_id: u32 = field(c_name="id")
+    cache: u32 = field(show="hex")
+    last: u32 = field(offset=64)
+
+
+@struct(since="6.2", size=72)
+class test_trigger_vevent(Struct):
+    """Let the device ``dev_id`` report one virtual event.
+
+    ::
+
+        struct iommu_test_cmd {
+            __u32 size;
+            __u32 op;
+            __u32 id;
+            __u32 __reserved;
+            union {
+                struct {
+                    __u32 dev_id;
+                };
+            };
+            __u32 last;
+        };
+    """
+
+    size: u32
+    op: u32 = field(symbols=iommu_test_op)
+    id: u32
+    reserved: u32
+    dev_id: u32
+    last: u32 = field(offset=64)
+
+
+@struct(since="6.2", size=72)
+class test_pasid_attach(Struct):
+    """Attach a PASID of the mock device ``id``.
+
+    ::
+
+        struct iommu_test_cmd {
+            __u32 size;
+            __u32 op;
+            __u32 id;
+            __u32 __reserved;
+            union {
+                struct {
+                    __u32 pasid;
+                    __u32 pt_id;
+                };
+            };
+            __u32 last;
+        };
+    """
+
+    size: u32
+    op: u32 = field(symbols=iommu_test_op)
+    id: u32
+    reserved: u32
+    pasid: u32
+    pt_id: u32 = field(direction="inout")
+    last: u32 = field(offset=64)
+
+
+@struct(since="6.2", size=72)
+class test_pasid_replace(Struct):
+    """Attach a PASID of the mock device ``id`` to another page table.
+
+    ::
+
+        struct iommu_test_cmd {
+            __u32 size;
+            __u32 op;
+            __u32 id;
+            __u32 __reserved;
+            union {
+                struct {
+                    __u32 pasid;
+                    __u32 pt_id;
+                };
+            };
+            __u32 last;
+        };
+    """
+
+    size: u32
+    op: u32 = field(symbols=iommu_test_op)
+    id: u32
+    reserved: u32
+    pasid: u32
+    pt_id: u32 = field(direction="inout")
+    last: u32 = field(offset=64)
+
+
+@struct(since="6.2", size=72)
+class test_pasid_detach(Struct):
+    """Detach a PASID of the mock device ``id``.
+
+    ::
+
+        struct iommu_test_cmd {
+            __u32 size;
+            __u32 op;
+            __u32 id;
+            __u32 __reserved;
+            union {
+                struct {
+                    __u32 pasid;
+                };
+            };
+            __u32 last;
+        };
+    """
+
+    size: u32
+    op: u32 = field(symbols=iommu_test_op)
+    id: u32
+    reserved: u32
+    pasid: u32
+    last: u32 = field(offset=64)
+
+
+@struct(since="6.2", size=72)
+class test_pasid_check_hwpt(Struct):
+    """Check which HWPT a PASID of the mock device ``id`` is attached to.
+
+    ::
+
+        struct iommu_test_cmd {
+            __u32 size;
+            __u32 op;
+            __u32 id;
+            __u32 __reserved;
+            union {
+                struct {
+                    __u32 pasid;
+                    __u32 hwpt_id;
+                };
+            };
+            __u32 last;
+        };
+    """
+
+    size: u32
+    op: u32 = field(symbols=iommu_test_op)
+    id: u32
+    reserved: u32
+    pasid: u32
+    hwpt_id: u32
+    last: u32 = field(offset=64)
+
+
+@struct(since="6.2", size=72)
+class test_dmabuf_get(Struct):
+    """Make a dma-buf of ``length`` bytes; the result is its descriptor.
+
+    ::
+
+        struct iommu_test_cmd {
+            __u32 size;
+            __u32 op;
+            __u32 id;
+            __u32 __reserved;
+            union {
+                struct {
+                    __u32 length;
+                    __u32 open_flags;
+                };
+            };
+            __u32 last;
+        };
+    """
+
+    size: u32
+    op: u32 = field(symbols=iommu_test_op)
+    id: u32
+    reserved: u32
+    length: u32
+    open_flags: u32 = field(show="hex")
+    last: u32 = field(offset=64)
+
+
+@struct(since="6.2", size=72)
+class test_dmabuf_revoke(Struct):
+    """Revoke (or restore) a dma-buf made by DMABUF_GET.
+
+    ::
+
+        struct iommu_test_cmd {
+            __u32 size;
+            __u32 op;
+            __u32 id;
+            __u32 __reserved;
+            union {
+                struct {
+                    __s32 dmabuf_fd;
+                    __u32 revoked;
+                };
+            };
+            __u32 last;
+        };
+    """
+
+    size: u32
+    op: u32 = field(symbols=iommu_test_op)
+    id: u32
+    reserved: u32
+    dmabuf_fd: s32
+    revoked: u32
+    last: u32 = field(offset=64)
+
+
+ARMS: dict[int, type[Struct]] = {
+    IOMMU_TEST_OP_ADD_RESERVED: test_add_reserved,
+    IOMMU_TEST_OP_MOCK_DOMAIN: test_mock_domain,
+    IOMMU_TEST_OP_MD_CHECK_MAP: test_md_check_map,
+    IOMMU_TEST_OP_MD_CHECK_REFS: test_md_check_refs,
+    IOMMU_TEST_OP_CREATE_ACCESS: test_create_access,
+    IOMMU_TEST_OP_DESTROY_ACCESS_PAGES: test_destroy_access_pages,
+    IOMMU_TEST_OP_ACCESS_PAGES: test_access_pages,
+    IOMMU_TEST_OP_ACCESS_RW: test_access_rw,
+    IOMMU_TEST_OP_SET_TEMP_MEMORY_LIMIT: test_set_temp_memory_limit,
+    IOMMU_TEST_OP_MOCK_DOMAIN_REPLACE: test_mock_domain_replace,
+    IOMMU_TEST_OP_ACCESS_REPLACE_IOAS: test_access_replace_ioas,
+    IOMMU_TEST_OP_MOCK_DOMAIN_FLAGS: test_mock_domain_flags,
+    IOMMU_TEST_OP_DIRTY: test_dirty,
+    IOMMU_TEST_OP_MD_CHECK_IOTLB: test_md_check_iotlb,
+    IOMMU_TEST_OP_TRIGGER_IOPF: test_trigger_iopf,
+    IOMMU_TEST_OP_DEV_CHECK_CACHE: test_dev_check_cache,
+    IOMMU_TEST_OP_TRIGGER_VEVENT: test_trigger_vevent,
+    IOMMU_TEST_OP_PASID_ATTACH: test_pasid_attach,
+    IOMMU_TEST_OP_PASID_REPLACE: test_pasid_replace,
+    IOMMU_TEST_OP_PASID_DETACH: test_pasid_detach,
+    IOMMU_TEST_OP_PASID_CHECK_HWPT: test_pasid_check_hwpt,
+    IOMMU_TEST_OP_DMABUF_GET: test_dmabuf_get,
+    IOMMU_TEST_OP_DMABUF_REVOKE: test_dmabuf_revoke,
+}
+"""The struct of each op."""
+
+RESPONDS = frozenset(
+    {
+        IOMMU_TEST_OP_MOCK_DOMAIN,
+        IOMMU_TEST_OP_CREATE_ACCESS,
+        IOMMU_TEST_OP_ACCESS_PAGES,
+        IOMMU_TEST_OP_MOCK_DOMAIN_REPLACE,
+        IOMMU_TEST_OP_MOCK_DOMAIN_FLAGS,
+        IOMMU_TEST_OP_DIRTY,
+        IOMMU_TEST_OP_PASID_ATTACH,
+        IOMMU_TEST_OP_PASID_REPLACE,
+    }
+)
+"""Ops that copy the struct back to the caller on success; the others never write it."""
+
+
+@struct(since="6.2")
+class iommu_test_hw_info(Struct):
+    """Hardware info of a mock device.
+
+    ::
+
+        struct iommu_test_hw_info {
+            __u32 flags;
+            __u32 test_reg;
+        };
+    """
+
+    flags: u32
+    test_reg: u32 = field(show="hex")
+
+
+@struct(since="6.2")
+class iommu_hwpt_selftest(Struct):
+    """Data of HWPT_ALLOC on mock hardware.
+
+    ::
+
+        struct iommu_hwpt_selftest {
+            __u32 iotlb;
+            __u32 pagetable_type;
+        };
+    """
+
+    iotlb: u32 = field(show="hex")
+    pagetable_type: u32
+
+
+@struct(since="6.2")
+class iommu_hwpt_invalidate_selftest(Struct):
+    """One request to invalidate a mock nested HWPT.
+
+    ::
+
+        struct iommu_hwpt_invalidate_selftest {
+            __u32 flags;
+            __u32 iotlb_id;
+        };
+    """
+
+    flags: u32
+    iotlb_id: u32
+
+
+@struct(since="6.2")
+class iommu_viommu_selftest(Struct):
+    """Data of VIOMMU_ALLOC on mock hardware.
+
+    ::
+
+        struct iommu_viommu_selftest {
+            __u32 in_data;
+            __u32 out_data;
+            __aligned_u64 out_mmap_offset;
+            __aligned_u64 out_mmap_length;
+        };
+    """
+
+    in_data: u32 = field(show="hex")
+    out_data: u32 = field(show="hex")
+    out_mmap_offset: u64
+    out_mmap_length: u64
+
+
+@struct(since="6.2")
+class iommu_viommu_invalidate_selftest(Struct):
+    """One request to invalidate a mock vIOMMU.
+
+    ::
+
+        struct iommu_viommu_invalidate_selftest {
+            __u32 flags;
+            __u32 vdev_id;
+            __u32 cache_id;
+        };
+    """
+
+    flags: u32
+    vdev_id: u32
+    cache_id: u32
+
+
+@struct(since="6.2")
+class iommu_viommu_event_selftest(Struct):
+    """The event of TRIGGER_VEVENT.
+
+    ::
+
+        struct iommu_viommu_event_selftest {
+            __u32 virt_id;
+        };
+    """
+
+    virt_id: u32
