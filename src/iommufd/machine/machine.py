@@ -1,0 +1,184 @@
+"""Machine: the composition root of one software machine (no kernel object; it stands for the running kernel).
+
+Invariants:
+
+* A Machine owns one World and its dispatch table; everything a program can open on it comes out of :meth:`Machine.open`.
+* Nothing below this room imports it; drivers and rows arrive here and nowhere else.
+* A context is listed in :attr:`Machine.contexts` from open until the last reference to its file is gone. What it held at
+  that moment is remembered in :attr:`Machine.left`, so that ``--check`` can name what a program never gave back.
+"""
+
+from __future__ import annotations
+
+import errno
+import stat
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Self
+
+from iommufd.engine.context import Context
+from iommufd.engine.dispatch import build_table
+from iommufd.engine.world import LATEST, World
+from iommufd.errors import KernelError
+from iommufd.machine import census
+from iommufd.machine.rows import ENGINE_ROWS, RowOf
+from iommufd.memory.accounting import Mode
+
+if TYPE_CHECKING:
+    from iommufd.engine.file import File
+    from iommufd.engine.task import Task
+
+MISC_MAJOR = 10
+IOMMU_MINOR = 125  # the kernel takes the next dynamic minor; this is one it may take
+VFIO_MINOR = 196
+
+Opener = Callable[["Task | None", int], "File"]
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """What ``stat`` shows of one path of the machine: ``mode`` with the type bits, ``rdev`` as (major, minor).
+
+    Directories have ``rdev`` (0, 0) and no opener. Owner and group are root's. The kernel makes /dev/iommu 0660; here it is
+    0666, as an administrator makes it for those who may use it, because a software machine needs no guarding.
+    """
+
+    path: str
+    mode: int
+    rdev: tuple[int, int] = (0, 0)
+    opener: Opener | None = None
+
+    @property
+    def is_directory(self) -> bool:
+        return stat.S_ISDIR(self.mode)
+
+
+class Machine:
+    """One software machine: a World, the commands of its release, and the paths that open on it.
+
+    ``kernel`` is the release whose uAPI is shown, ``defects`` the known bugs of that release that are reproduced,
+    ``vfio_container`` whether /dev/vfio/vfio is served (CONFIG_IOMMUFD_VFIO_CONTAINER).
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        kernel: tuple[int, ...] = LATEST,
+        defects: Iterable[str] = (),
+        noiommu: bool = True,
+        vfio_container: bool = True,
+    ) -> None:
+        self.name = name
+        self.world = World(kernel=(kernel[0], kernel[1]), defects=defects, noiommu=noiommu, vfio_container=vfio_container)
+        self._rows = list(ENGINE_ROWS)
+        self._nodes: dict[str, Node] = {}
+        self._contexts: dict[int, Context] = {}
+        self._closers: list[Callable[[], None]] = []
+        self._closed = False
+        self.left: list[str] = []
+        self.add_node(Node("/dev/iommu", stat.S_IFCHR | 0o666, (MISC_MAJOR, IOMMU_MINOR), self._open_iommu))
+        if vfio_container:
+            self.add_node(Node("/dev/vfio", stat.S_IFDIR | 0o755))
+            self.add_node(Node("/dev/vfio/vfio", stat.S_IFCHR | 0o666, (MISC_MAJOR, VFIO_MINOR), self._open_vfio))
+        self._build()
+
+    def add_rows(self, rows: Iterable[RowOf], top_nr: int | None = None) -> None:
+        """More commands (a test command, another front end); ``top_nr`` raises the table's last ``nr`` (core 1.3)."""
+        self._rows.extend(rows)
+        if top_nr is not None:
+            self.world.top_nr = max(self.world.top_nr, top_nr)
+        self._build()
+
+    def _build(self) -> None:
+        self.world.table = build_table(self._rows, self.world.kernel)
+
+    def add_node(self, node: Node) -> None:
+        """One more path; a later node of the same path replaces the earlier."""
+        self._nodes[node.path] = node
+
+    def remove_node(self, path: str) -> None:
+        """The path disappears; files already open stay."""
+        self._nodes.pop(path, None)
+
+    def on_close(self, closer: Callable[[], None]) -> None:
+        """Registers what :meth:`close` must stop (device threads, sockets); run in reverse order."""
+        self._closers.append(closer)
+
+    def paths(self) -> dict[str, Node]:
+        """Every path this machine serves, with what ``stat`` says of it."""
+        return dict(self._nodes)
+
+    def open(self, path: str, task: Task | None, flags: int) -> File | None:
+        """Opens ``path`` (absolute, resolved) with the flags of open(2); None when the path is not one of ours.
+
+        KernelError ENOTDIR for O_DIRECTORY on a device; directories are not ours to open (the caller lists :meth:`paths`)."""
+        node = self._nodes.get(path)
+        if node is None or node.opener is None or self._closed:
+            return None
+        if flags & _O_DIRECTORY:
+            raise KernelError(errno.ENOTDIR, f"{path} is a device, not a directory")
+        return node.opener(task, flags)
+
+    def _open_iommu(self, task: Task | None, flags: int) -> File:
+        return self._context(Mode.USER, flags)
+
+    def _open_vfio(self, task: Task | None, flags: int) -> File:
+        """core 1.1: the container path gives an iommufd context that accounts in MM mode."""
+        return self._context(Mode.MM, flags)
+
+    def _context(self, account_mode: Mode, flags: int) -> Context:
+        context = _MachineContext(self, account_mode, flags & 3)
+        self._contexts[id(context)] = context
+        return context
+
+    def _leaving(self, context: Context) -> None:
+        self._contexts.pop(id(context), None)
+        self.left.extend(census.sentences(context))
+
+    @property
+    def contexts(self) -> list[Context]:
+        """The live contexts, oldest first."""
+        return list(self._contexts.values())
+
+    def leaks(self) -> list[str]:
+        """One sentence per object, mapping and pin still alive, or alive when its context's last reference went."""
+        found = list(self.left)
+        for context in self.contexts:
+            found.append(f"a /dev/iommu context is still open with {census.count(len(context.objects), 'object')}")
+            found.extend(census.sentences(context))
+        return found
+
+    def close(self) -> None:
+        """Nothing can be opened any more and the machine's own workers stop. Open files live on with their holders."""
+        if self._closed:
+            return
+        self._closed = True
+        for closer in reversed(self._closers):
+            closer()
+        self._closers.clear()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        release = ".".join(map(str, self.world.kernel))
+        return f"<Machine {self.name}, Linux {release}, {census.count(len(self._contexts), 'open context')}>"
+
+
+_O_DIRECTORY = 0o200000
+
+
+class _MachineContext(Context):
+    """A context that tells its machine when it goes, before its objects are torn down."""
+
+    def __init__(self, machine: Machine, account_mode: Mode, mode: int) -> None:
+        super().__init__(machine.world, account_mode=account_mode, mode=mode)
+        self._machine = machine
+
+    def release(self) -> None:
+        self._machine._leaving(self)
+        super().release()

@@ -1,0 +1,77 @@
+"""The machines that can be named: ``iommufd run --machine NAME``.
+
+``NAME@RELEASE`` is a machine that answers as that release does where it is itself wrong; its ``defects`` list says where.
+A plain name behaves as intended.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from iommufd.engine.world import LATEST
+from iommufd.machine.machine import Machine
+from iommufd.uapi.declare import release
+
+FIRST_RELEASE = (6, 2)
+
+
+class UnknownMachine(ValueError):
+    """No machine of that name, or no such release of it; the message names what there is."""
+
+
+@dataclass(frozen=True, slots=True)
+class Preset:
+    """A nameable machine: ``build(name, kernel)`` makes it, ``summary`` says what it is."""
+
+    name: str
+    summary: str
+    build: Callable[[str, tuple[int, ...]], Machine]
+
+
+def _default(name: str, kernel: tuple[int, ...]) -> Machine:
+    return Machine(name, kernel=kernel)
+
+
+def _mock(name: str, kernel: tuple[int, ...]) -> Machine:
+    from iommufd.selftest.mount import mount  # the default machine does not pay for the test hardware
+
+    machine = Machine(name, kernel=kernel)
+    mount(machine)
+    return machine
+
+
+def _mock_7_3_4(name: str, kernel: tuple[int, ...]) -> Machine:
+    from iommufd.selftest.mount import mount
+
+    machine = Machine(name, kernel=kernel, defects=DEFECTS_7_3_4, vfio_container=False)
+    mount(machine)
+    return machine
+
+
+DEFECTS_7_3_4 = frozenset({"dmabuf-get-returns-0"})
+"""What Linux 7.3.4 does otherwise than intended and ``mock@7.3.4`` repeats."""
+
+PRESETS: dict[str, Preset] = {
+    preset.name: preset
+    for preset in (
+        Preset("default", "/dev/iommu and /dev/vfio/vfio, no devices", _default),
+        Preset("mock", "the kernel's selftest hardware and its test command, behaving as intended", _mock),
+        Preset("mock@7.3.4", "the same, bit for bit as Linux 7.3.4 behaves, its defects included", _mock_7_3_4),
+    )
+}
+
+
+def preset(name: str, kernel: str | tuple[int, ...] | None = None) -> Machine:
+    """The machine called ``name``; ``kernel`` ("6.6") hides what later releases added (default: the latest known).
+
+    UnknownMachine when there is none of that name, ValueError for a release without iommufd."""
+    found = PRESETS.get(name)
+    if found is None:
+        raise UnknownMachine(f"there is no machine {name!r}; there are: {', '.join(PRESETS)}")
+    wanted = LATEST if kernel is None else release(kernel) if isinstance(kernel, str) else tuple(kernel)
+    if len(wanted) < 2:
+        raise ValueError(f"a kernel release has at least two numbers, not {kernel!r}")
+    if wanted[:2] < FIRST_RELEASE:
+        raise ValueError(f"Linux {'.'.join(map(str, wanted))} has no /dev/iommu; it came with 6.2")
+    return found.build(name, wanted)
