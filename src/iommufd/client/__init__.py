@@ -1,0 +1,1 @@
+"""What Python programs import: one typed API over a real or a software /dev/iommu."""

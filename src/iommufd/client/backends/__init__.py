@@ -1,0 +1,1 @@
+"""The two backends: ``kernel`` (the real files) and ``software`` (an in-process machine)."""

@@ -1,0 +1,1 @@
+"""What test authors get: conformance checks for any backend, a pytest plugin."""

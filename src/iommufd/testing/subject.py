@@ -1,0 +1,341 @@
+"""Subject: something that claims to be a kernel, driven at the level "open, ioctl with these bytes, compare".
+
+A conformance check is a function of a Subject. Everything it does is a *step* (an ioctl, a poke into memory, a mapping)
+with fixed addresses inside one arena, and every step's answer is written down. The steps and answers of a run on the
+real kernel are a transcript; playing the same check on another backend must give the same transcript. Descriptors
+differ between systems, so a transcript names them by order of appearance (``fd0``, ``fd1``).
+
+Where a field of a struct holds a descriptor is data: :data:`FD_FIELDS`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import mmap
+import os
+import select
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from iommufd.uapi import iommufd_test as t
+from iommufd.uapi.commands import COMMANDS
+from iommufd.uapi.declare import Struct
+
+if TYPE_CHECKING:
+    from iommufd.client.backend import Backend
+
+ARENA = 0x1000_0000_0000  # where a check's memory lives: the same address on every system
+ARENA_SIZE = 64 << 20
+PAGE = 4096
+SCRATCH = ARENA + ARENA_SIZE - 64 * PAGE  # structs and bitmaps of the harness itself
+IOCTL_PAGE = SCRATCH
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.mmap.restype = ctypes.c_void_p
+_libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
+_libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+_libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+_libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+_MAP_FIXED_NOREPLACE, _MAP_NORESERVE = 0x100000, 0x4000
+
+
+# (command, op or None) -> offsets of u32/s32 fields that hold a descriptor: given by the caller, or handed out
+_GIVEN: dict[tuple[int, int | None], tuple[int, ...]] = {
+    (0x3B8F, None): (12,),  # IOAS_MAP_FILE.fd
+    (0x3BA0, 6): (8,),  # DESTROY_ACCESS_PAGES.id
+    (0x3BA0, 7): (8,),  # ACCESS_PAGES.id
+    (0x3BA0, 8): (8,),  # ACCESS_RW.id
+    (0x3BA0, 11): (8,),  # ACCESS_REPLACE_IOAS.id
+    (0x3BA0, 23): (16,),  # DMABUF_REVOKE.dmabuf_fd
+    (0x3B76, None): (8,),  # VFIO_DEVICE_BIND_IOMMUFD.iommufd
+}
+_HANDED: dict[tuple[int, int | None], tuple[int, ...]] = {
+    (0x3B8E, None): (12,),  # FAULT_QUEUE_ALLOC.out_fault_fd
+    (0x3B93, None): (24,),  # VEVENTQ_ALLOC.out_veventq_fd
+    (0x3BA0, 5): (16,),  # CREATE_ACCESS.out_access_fd
+}
+_RETURNS_FD = {(0x3BA0, 22), (0x3B6A, None)}  # DMABUF_GET, VFIO_GROUP_GET_DEVICE_FD
+
+
+class Mismatch(AssertionError):
+    """The subject answered otherwise than the check expects."""
+
+
+def name_of(number: int) -> str:
+    """``EINVAL`` for 22, ``0`` for 0."""
+    return errno.errorcode.get(number, str(number))
+
+
+class Answer:
+    """What one call said: ``result`` (0 or more), or -1 and ``errno``; ``out`` is the struct afterwards."""
+
+    __slots__ = ("errno", "out", "result")
+
+    def __init__(self, result: int, number: int, out: bytes = b"") -> None:
+        self.result = result
+        self.errno = number
+        self.out = out
+
+
+S = TypeVar("S", bound=Struct)
+
+_NUMBERS: dict[type[Struct], int] = {command.struct: command.number for command in COMMANDS}
+_OPS: dict[type[Struct], int] = {arm: op for op, arm in t.ARMS.items()}
+
+
+def number_of(struct: Struct) -> int:
+    """The ioctl number a struct belongs to (IOMMU_TEST_CMD for every arm of the test command)."""
+    return t.IOMMU_TEST_CMD if type(struct) in _OPS else _NUMBERS[type(struct)]
+
+
+def filled(struct: S) -> S:
+    """``struct`` with ``size`` (and ``op`` of a test command) filled in where the check left them zero."""
+    fields: Any = struct
+    if fields.size == 0:
+        fields.size = struct.SIZE
+    if type(struct) in _OPS and fields.op == 0:
+        fields.op = _OPS[type(struct)]
+    return struct
+
+
+class Subject:
+    """A backend with an arena of memory, and the transcript of what it was asked and said.
+
+    ``before_unmap(start, end)`` is called before memory of the arena goes away; the in-process machine needs to know,
+    a kernel sees it. ``test_device`` says whether the machine has the selftest hardware.
+    """
+
+    def __init__(self, backend: Backend, before_unmap: Callable[[int, int], None] | None = None) -> None:
+        self.backend = backend
+        self.transcript: list[list[Any]] = []
+        self._before_unmap = before_unmap
+        self._labels: dict[int, str] = {}
+        self._named = 0
+        self._own: set[int] = set()
+        self._views: list[Any] = []
+        self._map(ARENA, ARENA_SIZE, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        # ordinary pages only: physical contiguity is not something two systems agree on
+        _libc.madvise(ARENA, ARENA_SIZE, 15)  # MADV_NOHUGEPAGE
+
+    # --- life
+
+    def finish(self) -> None:
+        """Closes every descriptor the check left open and takes the arena away."""
+        self._views.clear()
+        for fd in sorted(self._labels, reverse=True):
+            self._close(fd)
+        self._labels.clear()
+        self._unmap(ARENA, ARENA_SIZE)
+
+    def _note(self, step: Sequence[Any], answer: Any) -> None:
+        self.transcript.append([*step, answer])
+
+    # --- descriptors
+
+    def _label(self, fd: int) -> str:
+        label = f"fd{self._named}"
+        self._named += 1
+        self._labels[fd] = label
+        return label
+
+    def open(self, path: str = "/dev/iommu", flags: int = os.O_RDWR) -> int:
+        """Opens a device; Mismatch unless that works."""
+        try:
+            fd = self.backend.open(path, flags)
+        except OSError as error:
+            self._note(["open", path, flags], name_of(error.errno or 0))
+            raise Mismatch(f"open({path!r}) failed with {name_of(error.errno or 0)}") from error
+        self._note(["open", path, flags], self._label(fd))
+        return fd
+
+    def open_fails(self, expected: int, path: str, flags: int = os.O_RDWR) -> None:
+        """Opens a device and expects ``errno``."""
+        got = 0
+        try:
+            fd = self.backend.open(path, flags)
+            self._label(fd)
+        except OSError as error:
+            got = error.errno or 0
+        self._note(["open", path, flags], name_of(got))
+        self.expect(name_of(got) == name_of(expected), f"open({path!r}): {name_of(got)}, expected {name_of(expected)}")
+
+    def memfd(self, size: int, *, flags: int = 0) -> int:
+        """A memfd of ``size`` bytes (a file of the host, not of the machine)."""
+        fd = os.memfd_create("conformance", flags | os.MFD_CLOEXEC)
+        os.ftruncate(fd, size)
+        self._own.add(fd)
+        self._note(["memfd", size, flags], self._label(fd))
+        return fd
+
+    def ftruncate(self, fd: int, size: int) -> None:
+        self._note(["ftruncate", self._labels[fd], size], 0)
+        os.ftruncate(fd, size)
+
+    def pipe(self) -> tuple[int, int]:
+        """A pipe: descriptors that are neither memory nor a device."""
+        pair = os.pipe()
+        self._own.update(pair)
+        self._note(["pipe"], [self._label(fd) for fd in pair])
+        return pair
+
+    def close(self, fd: int) -> None:
+        self._note(["close", self._labels.pop(fd)], 0)
+        self._close(fd)
+
+    def _close(self, fd: int) -> None:
+        if fd in self._own:
+            self._own.discard(fd)
+            os.close(fd)
+        else:
+            self.backend.close(fd)
+
+    # --- memory
+
+    def _map(self, addr: int, length: int, prot: int, flags: int, fd: int = -1, offset: int = 0) -> None:
+        got = _libc.mmap(addr, length, prot, flags | _MAP_FIXED_NOREPLACE | _MAP_NORESERVE, fd, offset)
+        if got != addr:
+            raise OSError(ctypes.get_errno(), f"no memory for the arena at {addr:#x}")
+
+    def _unmap(self, addr: int, length: int) -> None:
+        if self._before_unmap is not None:
+            self._before_unmap(addr, addr + length)
+        _libc.munmap(addr, length)
+
+    def page(self, number: int) -> int:
+        """The address of the arena's page ``number``."""
+        return ARENA + number * PAGE
+
+    def munmap(self, addr: int, length: int) -> None:
+        self._note(["munmap", addr, length], 0)
+        self._unmap(addr, length)
+
+    def mmap(self, addr: int, length: int, prot: int = 3, *, fd: int = -1, offset: int = 0, shared: bool = False) -> None:
+        """Puts fresh anonymous memory, or ``fd``, at ``addr`` in the arena, in place of what was there."""
+        self._note(["mmap", addr, length, prot, self._labels.get(fd), offset, shared], 0)
+        self._unmap(addr, length)
+        kind = mmap.MAP_SHARED if shared else mmap.MAP_PRIVATE
+        self._map(addr, length, prot, kind | (mmap.MAP_ANONYMOUS if fd < 0 else 0), fd, offset)
+        _libc.madvise(addr, length, 15)
+
+    def mprotect(self, addr: int, length: int, prot: int) -> None:
+        self._note(["mprotect", addr, length, prot], _libc.mprotect(addr, length, prot))
+
+    def poke(self, addr: int, data: bytes) -> None:
+        """Writes memory directly, as the program itself would."""
+        if len(data) <= 65536:
+            self._note(["poke", addr, data.hex()], 0)
+        ctypes.memmove(addr, data, len(data))
+
+    def peek(self, addr: int, count: int) -> bytes:
+        """Reads memory directly."""
+        data = ctypes.string_at(addr, count)
+        if count <= 65536:
+            self._note(["peek", addr, count], data.hex())
+        return data
+
+    # --- ioctls
+
+    def _with_labels(self, data: bytes, offsets: Sequence[int]) -> list[Any]:
+        """``data`` for the transcript: descriptors at ``offsets`` replaced by zero bytes and listed by label."""
+        out, names = bytearray(data), []
+        for offset in offsets:
+            if offset + 4 <= len(out):
+                label = self._labels.get(int.from_bytes(out[offset : offset + 4], "little"))
+                if label is not None:
+                    out[offset : offset + 4] = bytes(4)
+                    names.append([offset, label])
+        return [out.hex(), names]
+
+    def ioctl(self, fd: int, cmd: int, data: bytes = b"", *, at: int | None = None, poke: bool = True) -> Answer:
+        """One ioctl whose argument is memory: ``data`` is put at ``at`` (a page of the harness), and read back after.
+
+        With ``poke=False`` nothing is written or read: ``at`` is only a number."""
+        where = IOCTL_PAGE if at is None else at
+        key: tuple[int, int | None] = (cmd, None)
+        if cmd == 0x3BA0 and len(data) >= 8:
+            key = (cmd, int.from_bytes(data[4:8], "little"))
+        if poke:
+            ctypes.memmove(where, data, len(data))
+        result, number = -1, 0
+        try:
+            result = self.backend.ioctl(fd, cmd, where)
+        except OSError as error:
+            number = error.errno or 0
+        out = ctypes.string_at(where, len(data)) if poke else b""
+        handed = _HANDED.get(key, ()) if result >= 0 else ()
+        for offset in handed:
+            if offset + 4 <= len(out):
+                self._label(int.from_bytes(out[offset : offset + 4], "little"))
+        shown: int | str = result if result >= 0 else name_of(number)
+        if result > 0 and key in _RETURNS_FD:
+            shown = self._label(result)
+        self._note(
+            ["ioctl", self._labels.get(fd, "?"), f"{cmd:#x}", where, *self._with_labels(data, _GIVEN.get(key, ()))],
+            [shown, *self._with_labels(out, (*_GIVEN.get(key, ()), *handed))],
+        )
+        return Answer(result, number, out)
+
+    def ask(self, fd: int, struct: Struct) -> Answer:
+        """One ioctl with a struct; ``size`` and ``op`` are filled in when zero. Nothing is expected of the answer."""
+        return self.ioctl(fd, number_of(struct), filled(struct).pack())
+
+    def do(self, fd: int, struct: S) -> S:
+        """One ioctl that must succeed; the struct as it came back."""
+        answer = self.ask(fd, struct)
+        self.expect(answer.result >= 0, f"{struct!r} failed with {name_of(answer.errno)}")
+        return type(struct).unpack(answer.out)
+
+    def refuses(self, expected: int, fd: int, struct: S) -> S:
+        """One ioctl that must fail with ``expected``; the struct as it is afterwards."""
+        answer = self.ask(fd, struct)
+        got = name_of(answer.errno) if answer.result < 0 else f"success ({answer.result})"
+        self.expect(answer.errno == expected, f"{struct!r}: {got}, expected {name_of(expected)}")
+        return type(struct).unpack(answer.out)
+
+    # --- reading, writing, polling
+
+    def read(self, fd: int, count: int) -> Answer:
+        try:
+            data = self.backend.read(fd, count)
+            answer = Answer(len(data), 0, data)
+        except OSError as error:
+            answer = Answer(-1, error.errno or 0)
+        shown = answer.out.hex() if answer.result >= 0 else name_of(answer.errno)
+        self._note(["read", self._labels[fd], count], shown)
+        return answer
+
+    def write(self, fd: int, data: bytes) -> Answer:
+        try:
+            answer = Answer(self.backend.write(fd, data), 0)
+        except OSError as error:
+            answer = Answer(-1, error.errno or 0)
+        shown = answer.result if answer.result >= 0 else name_of(answer.errno)
+        self._note(["write", self._labels[fd], data.hex()], shown)
+        return answer
+
+    def poll(self, fd: int) -> int:
+        """The ready mask now, of IN, OUT, ERR, HUP and the NORM variants."""
+        events = select.POLLIN | select.POLLOUT | select.POLLRDNORM | select.POLLWRNORM
+        mask = self.backend.poll(fd, events, 0)
+        self._note(["poll", self._labels[fd]], mask)
+        return mask
+
+    def mmap_device(self, fd: int, length: int, prot: int, flags: int, offset: int) -> memoryview | None:
+        """Maps a device's memory; None (and the errno in the transcript) when that fails."""
+        step = ["mmap_device", self._labels[fd], length, prot, flags, offset]
+        try:
+            view = self.backend.mmap(fd, length, prot, flags, offset)
+        except OSError as error:
+            self._note(step, name_of(error.errno or 0))
+            return None
+        self._note(step, 0)
+        self._views.append(view)
+        return view
+
+    # --- judging
+
+    def expect(self, truth: bool, sentence: str) -> None:
+        """Mismatch with ``sentence`` unless ``truth``."""
+        if not truth:
+            raise Mismatch(sentence)
