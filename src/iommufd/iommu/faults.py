@@ -2,36 +2,45 @@
 
 Invariants (events-viommu 3):
 
-* An :class:`AttachHandle` stands for one attach: device or group, RID or PASID, this attach. A fault is bound to the
+* An :class:`AttachHandle` stands for one attach: device or group, RID or PASID, this attach. A request is bound to the
   handle, never to the page table or the device, so a later attach of the same page table is another handle.
-* A device may report faults only while it is registered with its IOMMU's :class:`IopfQueue`; it is registered while at
-  least one of its attachments (RID and every PASID) has a domain with an ``iopf_handler``.
+* A device may report page requests only while it is registered with its IOMMU's :class:`IopfQueue`; it is registered
+  while at least one of its attachments (RID and every PASID) has a domain with an ``iopf_handler``.
 * Every request with LAST_PAGE set gets exactly one page response: from the handler's side through
   :meth:`FaultGroup.respond`, or INVALID from here when nobody takes it.
 * Locks are leaves: nothing is called while one is held.
-
-The drivers' part: ``Driver.page_response(device, fault, code)``, ``Driver.user_pasid_table``; the domain's part:
-``Domain.iopf_handler``; the device's part: ``Device.fault_source`` and ``Device.group.handle(pasid)``.
 """
 
 from __future__ import annotations
 
 import errno
 import threading
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Protocol
+from enum import IntEnum
+from typing import TYPE_CHECKING
 
 from iommufd.errors import KernelError
+from iommufd.iommu.domain import Kind
+from iommufd.iommu.driver import RespondsToPages
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    from iommufd.iommu.device import Device
+    from iommufd.iommu.domain import Domain
+
 PASID_VALID, LAST_PAGE = 1, 2  # as in enum iommu_hwpt_pgfault_flags
-RESPONSE_SUCCESS, RESPONSE_INVALID, RESPONSE_FAILURE = 0, 1, 2
 RID = 0  # the PASID number under which a group keeps the handle of its RID
 
 
-class PageFault:
+class ResponseCode(IntEnum):
+    """What the hardware is told (kernel: enum iommu_page_response_code). User space may only say the first two."""
+
+    SUCCESS = 0
+    INVALID = 1
+    FAILURE = 2
+
+
+class PageRequest:
     """One page request exactly as the hardware reported it (kernel: struct iommu_fault_page_request).
 
     ``flags``: PASID_VALID 1, LAST_PAGE 2. ``perm``: READ 1, WRITE 2, EXEC 4, PRIV 8. ``addr`` in bytes.
@@ -51,32 +60,29 @@ class PageFault:
         return f"<page request {self.addr:#x}{pasid} group {self.grpid} perm {self.perm:#x}>"
 
 
-class FaultDomain(Protocol):
-    """What routing needs of a domain."""
-
-    @property
-    def iopf_handler(self) -> Callable[[FaultGroup], None] | None:
-        """Takes a complete group and answers it in its own time; raises KernelError if it cannot take it."""
-
-    @property
-    def nested(self) -> bool:
-        """Whether it is a user-managed stage 1 over a nesting parent (kernel: IOMMU_DOMAIN_NESTED)."""
-
-
 class AttachHandle:
     """One attach of a domain to a RID or a PASID (kernel: struct iommu_attach_handle).
 
-    ``owner`` is whom the attacher names as the source of its faults (iommufd: its device object); ``ended`` is set by
+    ``owner`` is whom the attacher names as the source of its requests (iommufd: its device object); ``ended`` is set by
     the owner of the fault queue once the attach is over, after which no group may be bound to it.
     """
 
     __slots__ = ("domain", "ended", "owner", "pasid")
 
-    def __init__(self, domain: FaultDomain, owner: object, pasid: int = RID) -> None:
+    def __init__(self, domain: Domain, owner: object, pasid: int = RID) -> None:
         self.domain = domain
         self.owner = owner
         self.pasid = pasid
         self.ended = False
+
+
+class IopfQueue:
+    """The queue of one IOMMU instance through which its devices report page requests (kernel: struct iopf_queue)."""
+
+    __slots__ = ("name",)
+
+    def __init__(self, name: str) -> None:
+        self.name = name
 
 
 class FaultSource:
@@ -91,10 +97,10 @@ class FaultSource:
     def __init__(self) -> None:
         self.attachments = 0
         self.queue: IopfQueue | None = None
-        self.partial: list[PageFault] = []
+        self.partial: list[PageRequest] = []
         self.lock = threading.Lock()
 
-    def domain_changes(self, queue: IopfQueue | None, new: FaultDomain | None, old: FaultDomain | None) -> None:
+    def domain_changes(self, queue: IopfQueue | None, new: Domain | None, old: Domain | None) -> None:
         """The device's domain at one RID or PASID becomes ``new`` instead of ``old`` (events-viommu 3.2).
 
         ``queue`` is the IOMMU's fault queue, None when it has none. ``new`` is counted before ``old`` is released, so
@@ -116,7 +122,7 @@ class FaultSource:
                     self.queue = None
                     self.partial.clear()
 
-    def complete(self, last: PageFault) -> list[PageFault] | None:
+    def complete(self, last: PageRequest) -> list[PageRequest] | None:
         """Every partial request of the group of ``last`` in arrival order, then ``last``; they leave the list.
 
         None when the request does not end its group and is only kept. EINVAL when the device is not registered. Only
@@ -128,51 +134,11 @@ class FaultSource:
             if not last.flags & LAST_PAGE:  # row 6
                 self.partial.append(last)
                 return None
-            group = [fault for fault in self.partial if fault.grpid == last.grpid]
+            group = [request for request in self.partial if request.grpid == last.grpid]
             if group:
-                self.partial = [fault for fault in self.partial if fault.grpid != last.grpid]
+                self.partial = [request for request in self.partial if request.grpid != last.grpid]
             group.append(last)
             return group
-
-
-class IopfQueue:
-    """The queue of one IOMMU instance through which its devices report page requests (kernel: struct iopf_queue)."""
-
-    __slots__ = ("name",)
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-
-
-class FaultDriver(Protocol):
-    """What routing needs of an IOMMU driver."""
-
-    @property
-    def user_pasid_table(self) -> bool:
-        """The guest owns the PASID table: faults of a PASID without an attach go to the nested domain on the RID."""
-
-    def page_response(self, device: FaultDevice, fault: PageFault, code: int) -> None:
-        """Answers the group whose last request is ``fault``: SUCCESS 0, INVALID 1, FAILURE 2. Cannot fail."""
-
-
-class HandleSource(Protocol):
-    """What routing needs of an IOMMU group."""
-
-    def handle(self, pasid: int) -> AttachHandle | None:
-        """The attach in force at ``pasid`` (0: the RID)."""
-
-
-class FaultDevice(Protocol):
-    """What routing needs of a device."""
-
-    @property
-    def fault_source(self) -> FaultSource: ...
-
-    @property
-    def driver(self) -> FaultDriver: ...
-
-    @property
-    def group(self) -> HandleSource: ...
 
 
 class FaultGroup:
@@ -181,60 +147,73 @@ class FaultGroup:
     ``cookie`` belongs to the queue's reader (0: not handed out).
     """
 
-    __slots__ = ("_device", "cookie", "faults", "handle")
+    __slots__ = ("cookie", "device", "handle", "requests")
 
-    def __init__(self, device: FaultDevice, faults: list[PageFault], handle: AttachHandle) -> None:
-        self._device = device
-        self.faults = faults
+    def __init__(self, device: Device, requests: list[PageRequest], handle: AttachHandle) -> None:
+        self.device = device
+        self.requests = requests
         self.handle = handle
         self.cookie = 0
 
-    def respond(self, code: int) -> None:
+    def respond(self, code: ResponseCode) -> None:
         """Answers the hardware, once."""
-        self._device.driver.page_response(self._device, self.faults[-1], code)
+        respond(self.device, self.requests[-1], code)
 
 
-def find_handle(device: FaultDevice, fault: PageFault) -> AttachHandle | None:
-    """The attach a fault belongs to (events-viommu 3.3 rows 1-3), whether or not its domain takes faults."""
-    if fault.flags & PASID_VALID:
-        handle = device.group.handle(fault.pasid)  # row 1
+def respond(device: Device, request: PageRequest, code: ResponseCode) -> None:
+    """Gives the driver its answer to a request with LAST_PAGE set; a driver that does not listen gets none."""
+    driver = device.driver
+    if isinstance(driver, RespondsToPages):
+        driver.page_response(device, request, code)
+
+
+def find_handle(device: Device, request: PageRequest) -> AttachHandle | None:
+    """The attach a request belongs to (events-viommu 3.3 rows 1-3), whether or not its domain takes requests."""
+    group, driver = device.group, device.driver
+    if group is None or driver is None:
+        return None
+    if request.flags & PASID_VALID:
+        handle = group.handle(request.pasid)  # row 1
         if handle is not None:
             return handle
-        handle = device.group.handle(RID)  # row 2
-        if handle is None or not device.driver.user_pasid_table or not handle.domain.nested:
+        handle = group.handle(RID)  # row 2
+        if handle is None or not driver.user_pasid_table or handle.domain.kind is not Kind.NESTED:
             return None
         return handle
-    return device.group.handle(RID)  # row 3
+    return group.handle(RID)  # row 3
 
 
-def report_device_fault(device: FaultDevice, fault: PageFault) -> None:
+def report_device_fault(device: Device, request: PageRequest) -> None:
     """The hardware reports a page request of ``device`` (kernel: iommu_report_device_fault; events-viommu 3.3).
 
     EINVAL when it is dropped, after the hardware was answered INVALID. A handler that refuses the complete group has it
     answered FAILURE, and that is not an error here (devices 10.6).
     """
     try:
-        handle = find_handle(device, fault)
+        handle = find_handle(device, request)
         if handle is None:
-            raise KernelError(errno.EINVAL, f"no page table is attached that {fault!r} could belong to")
+            raise KernelError(errno.EINVAL, f"no page table is attached that {request!r} could belong to")
         handler = handle.domain.iopf_handler
         if handler is None:  # row 4: no second attempt
-            raise KernelError(errno.EINVAL, f"the page table attached for {fault!r} has no fault queue")
-        faults = device.fault_source.complete(fault)  # rows 5-7
+            raise KernelError(errno.EINVAL, f"the page table attached for {request!r} has no fault queue")
+        source = device.fault_source
+        if source is None:  # row 5
+            raise KernelError(errno.EINVAL, f"{device!r} cannot report page requests")
+        requests = source.complete(request)  # rows 5-7
     except KernelError:
-        if fault.flags & LAST_PAGE:
-            device.driver.page_response(device, fault, RESPONSE_INVALID)
+        if request.flags & LAST_PAGE:
+            respond(device, request, ResponseCode.INVALID)
         raise
-    if faults is None:
+    if requests is None:
         return
-    group = FaultGroup(device, faults, handle)
+    group = FaultGroup(device, requests, handle)
     try:
         handler(group)  # row 8
     except KernelError:
-        group.respond(RESPONSE_FAILURE)
+        group.respond(ResponseCode.FAILURE)
 
 
-def answer(groups: Iterable[FaultGroup], code: int) -> None:
+def answer(groups: Iterable[FaultGroup], code: ResponseCode) -> None:
     """Answers every group with ``code``."""
     for group in groups:
         group.respond(code)
