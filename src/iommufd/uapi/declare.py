@@ -14,11 +14,11 @@ Invariants:
 * Layout is the natural one of the C ABI (x86-64, aarch64: little endian, a scalar is aligned to its size), so nothing
   but ``offset=``/``size=`` of the few unions ever states a number; ``tests/uapi`` compares every size and offset
   with what gcc says of the published header.
-* Every attribute is present from construction and holds an ``int`` (``bytes`` for arrays of u8, a tuple of ints for other
-  arrays), zero unless given. Out-of-range values are refused by :meth:`Struct.pack`, not by assignment.
+* Every attribute is present from construction and holds an ``int`` (``bytes`` for arrays of u8, a tuple of ints for
+  other arrays), zero unless given. Out-of-range values are refused by :meth:`Struct.pack`, not by assignment.
 * A C name that starts with two underscores (``__reserved``) is the attribute without them; ``Field.c_name`` keeps it.
-* Importing a header module creates classes only. Code for packing and unpacking is generated on first use of each class,
-  because ``iommufd run`` must start fast and touches few of them.
+* Importing a header module creates classes only. Code for packing and unpacking is generated on first use of each
+  class, because ``iommufd run`` must start fast and touches few of them.
 """
 
 from __future__ import annotations
@@ -135,10 +135,11 @@ def field(
 ) -> Any:
     """More about one member, given as its class-level value.
 
-    ``since``: release that added it, if later than the struct. ``c_name``: C name where it differs (``header.id`` for a member
-    of an embedded struct). ``offset``: where layout is not the natural one. ``symbols``: IntEnum or IntFlag of its values.
-    ``show``: "dec" or "hex" (default: hex for 64 bits, decimal below). ``direction``: "in", "out" or "inout" (default: "out"
-    for names that begin with ``out_``). ``union``: the earlier member it shares its place and type with.
+    ``since``: release that added it, if later than the struct. ``c_name``: C name where it differs (``header.id`` for
+    a member of an embedded struct). ``offset``: where layout is not the natural one. ``symbols``: IntEnum or IntFlag
+    of its values. ``show``: "dec" or "hex" (default: hex for 64 bits, decimal below). ``direction``: "in", "out" or
+    "inout" (default: "out" for names that begin with ``out_``). ``union``: the earlier member it shares its place and
+    type with.
     """
     return _FieldSpec(since, c_name, offset, symbols, show, direction, union)
 
@@ -238,8 +239,9 @@ _S = TypeVar("_S", bound=type[Struct])
 def struct(*, since: str, size: int | None = None, c_name: str | None = None) -> Callable[[_S], _S]:
     """Class decorator: lays the annotated members out and gives the class ``__slots__``.
 
-    ``since``: the release that introduced the struct. ``size``: sizeof, where a union makes it larger than its members say.
-    ``c_name``: C tag where it is not the class name.
+    A class derived from another struct has that struct's members too (an arm of a union, beside the head it shares).
+    ``since``: the release that introduced the struct. ``size``: sizeof, where a union makes it larger than its
+    members say. ``c_name``: C tag where it is not the class name.
     """
 
     def make(cls: _S) -> _S:
@@ -253,9 +255,9 @@ def struct(*, since: str, size: int | None = None, c_name: str | None = None) ->
             namespace.pop(f.name, None)
             if f.union is not None:
                 namespace[f.name] = _same_place(f.union)
-        total = size if size is not None else -(-end // align) * align
+        total = max(size or 0, cls.SIZE, -(-end // align) * align)
         namespace.update(
-            __slots__=tuple(f.name for f in stored),
+            __slots__=tuple(f.name for f in stored if f not in cls.FIELDS),
             FIELDS=fields,
             SIZE=total,
             ALIGN=align,
@@ -264,7 +266,8 @@ def struct(*, since: str, size: int | None = None, c_name: str | None = None) ->
             FORMAT=_format(stored, total),
             _ctypes=None,
         )
-        return type(cls)(cls.__name__, cls.__bases__, namespace)  # type: ignore[return-value]
+        made: Any = type(cls.__name__, cls.__bases__, namespace)
+        return made  # type: ignore[no-any-return]
 
     return make
 
@@ -284,7 +287,7 @@ def _ctype_of(annotation: Any, module: str) -> CType:
         scalar = SCALARS.get(annotation)
         if scalar is not None:
             return scalar
-        annotation = eval(annotation, vars(sys.modules[module]))  # noqa: S307  (our own source text)
+        annotation = eval(annotation, vars(sys.modules[module]))  # our own source text
     found = [m for m in getattr(annotation, "__metadata__", ()) if isinstance(m, CType)]
     if not found:
         raise TypeError(f"{annotation!r} is not a C type of this module")
@@ -292,8 +295,8 @@ def _ctype_of(annotation: Any, module: str) -> CType:
 
 
 def _lay_out(cls: type[Struct], since: Release) -> tuple[Field, ...]:
-    fields: list[Field] = []
-    end = 0
+    fields: list[Field] = list(cls.FIELDS)  # those of the struct it extends
+    end = max((f.offset + f.size for f in fields), default=0)
     for name, annotation in vars(cls).get("__annotations__", {}).items():
         spec = vars(cls).get(name, _NO_SPEC)
         ctype = _ctype_of(annotation, cls.__module__)
@@ -303,7 +306,7 @@ def _lay_out(cls: type[Struct], since: Release) -> tuple[Field, ...]:
             offset = spec.offset
         else:
             offset = -(-end // ctype.width) * ctype.width
-        end = max(end, offset + ctype.size)
+        end = offset + ctype.size
         if spec.symbols is not None:
             show = "flags" if issubclass(spec.symbols, IntFlag) else "enum"
         else:
@@ -322,7 +325,7 @@ def _lay_out(cls: type[Struct], since: Release) -> tuple[Field, ...]:
                 spec.union,
             )
         )
-    return tuple(fields)
+    return tuple(sorted(fields, key=lambda f: f.offset))
 
 
 _NO_SPEC = _FieldSpec()
@@ -398,7 +401,7 @@ def _generate(cls: type[Struct]) -> None:
         "error": _struct.error,
         "ZERO": b"\0",
     }
-    exec("\n".join(lines), scope)  # noqa: S102  (text made from our own declarations)
+    exec("\n".join(lines), scope)  # text made from our own declarations
     cls.__init__ = scope["__init__"]  # type: ignore[method-assign]
     cls.pack = scope["pack"]  # type: ignore[method-assign]
     cls.unpack = classmethod(scope["unpack"])  # type: ignore[method-assign,assignment]

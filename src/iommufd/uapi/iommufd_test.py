@@ -1,8 +1,9 @@
 """``IOMMU_TEST_CMD``: the command of kernels built with CONFIG_IOMMUFD_TEST, and what its mock hardware exchanges.
 
-The C struct is one head (size, op, id) over a union. Here each op has a struct of its own, all 72 bytes long with the same
-head and ``last`` at 64; :class:`iommu_test_cmd` is the head alone, and :data:`ARMS` leads from op to struct. Where an arm has
-a member ``id`` of its own it is the attribute ``arm_id``.
+The C struct is a head (size, op, id), a union of 48 bytes at 16, and ``last`` at 64. Here each op has a class of its
+own with head and tail inherited from :class:`iommu_test_cmd`, all 72 bytes long; :data:`ARMS` leads from op to class.
+The docstring of each shows its arm of the union. Where an arm has a member ``id`` of its own it is the attribute
+``arm_id``.
 
 Layout and values: mock device chapter, section 1.
 """
@@ -99,6 +100,7 @@ IOMMU_HWPT_INVALIDATE_DATA_SELFTEST = 0xDEADBEEF
 IOMMU_HWPT_INVALIDATE_DATA_SELFTEST_INVALID = 0xDADBEEF
 IOMMU_VIOMMU_TYPE_SELFTEST = 0xDEADBEEF
 IOMMU_VIOMMU_INVALIDATE_DATA_SELFTEST = 0xDEADBEEF
+
 IOMMU_VEVENTQ_TYPE_SELFTEST = 0xBEEFBEEF
 IOMMU_HW_QUEUE_TYPE_SELFTEST = 0xDEADBEEF
 
@@ -153,715 +155,331 @@ class iommu_test_cmd(Struct):
 
 
 @struct(since="6.2", size=72)
-class test_add_reserved(Struct):
+class test_add_reserved(iommu_test_cmd):
     """Reserve the IOVA interval of ``length`` bytes at ``start`` in the IOAS ``id``.
 
     ::
 
-        struct iommu_test_cmd {
-            __u32 size;
-            __u32 op;
-            __u32 id;
-            __u32 __reserved;
-            union {
-                struct {
-                    __aligned_u64 start;
-                    __aligned_u64 length;
-                };
-            };
-            __u32 last;
-        };
+        struct { __aligned_u64 start; __aligned_u64 length; } add_reserved;
     """
 
-    size: u32
-    op: u32 = field(symbols=iommu_test_op)
-    id: u32
-    reserved: u32
-    start: u64
+    start: u64 = field(offset=16)
     length: u64 = field(show="dec")
-    last: u32 = field(offset=64)
 
 
 @struct(since="6.2", size=72)
-class test_mock_domain(Struct):
+class test_mock_domain(iommu_test_cmd):
     """Make a mock device and attach it to ``id`` (IOAS or HWPT).
 
     ::
 
-        struct iommu_test_cmd {
-            __u32 size;
-            __u32 op;
-            __u32 id;
-            __u32 __reserved;
-            union {
-                struct {
-                    __u32 out_stdev_id;
-                    __u32 out_hwpt_id;
-                    __u32 out_idev_id;
-                };
-            };
-            __u32 last;
-        };
+        struct { __u32 out_stdev_id; __u32 out_hwpt_id; __u32 out_idev_id; } mock_domain;
     """
 
-    size: u32
-    op: u32 = field(symbols=iommu_test_op)
-    id: u32
-    reserved: u32
-    out_stdev_id: u32
+    out_stdev_id: u32 = field(offset=16)
     out_hwpt_id: u32
     out_idev_id: u32
-    last: u32 = field(offset=64)
 
 
 @struct(since="6.2", size=72)
-class test_md_check_map(Struct):
+class test_md_check_map(iommu_test_cmd):
     """Compare what the HWPT ``id`` translates ``[iova, iova+length)`` to with the pages behind ``uptr``.
 
     ::
 
-        struct iommu_test_cmd {
-            __u32 size;
-            __u32 op;
-            __u32 id;
-            __u32 __reserved;
-            union {
-                struct {
-                    __aligned_u64 iova;
-                    __aligned_u64 length;
-                    __aligned_u64 uptr;
-                };
-            };
-            __u32 last;
-        };
+        struct { __aligned_u64 iova; __aligned_u64 length; __aligned_u64 uptr; } check_map;
     """
 
-    size: u32
-    op: u32 = field(symbols=iommu_test_op)
-    id: u32
-    reserved: u32
-    iova: u64
+    iova: u64 = field(offset=16)
     length: u64 = field(show="dec")
     uptr: u64
-    last: u32 = field(offset=64)
 
 
 @struct(since="6.2", size=72)
-class test_md_check_refs(Struct):
+class test_md_check_refs(iommu_test_cmd):
     """Check that every page of ``[uptr, uptr+length)`` is pinned ``refs`` times.
 
     ::
 
-        struct iommu_test_cmd {
-            __u32 size;
-            __u32 op;
-            __u32 id;
-            __u32 __reserved;
-            union {
-                struct {
-                    __aligned_u64 length;
-                    __aligned_u64 uptr;
-                    __u32 refs;
-                };
-            };
-            __u32 last;
-        };
+        struct { __aligned_u64 length; __aligned_u64 uptr; __u32 refs; } check_refs;
     """
 
-    size: u32
-    op: u32 = field(symbols=iommu_test_op)
-    id: u32
-    reserved: u32
-    length: u64 = field(show="dec")
+    length: u64 = field(offset=16, show="dec")
     uptr: u64
     refs: u32
-    last: u32 = field(offset=64)
 
 
 @struct(since="6.2", size=72)
-class test_create_access(Struct):
+class test_create_access(iommu_test_cmd):
     """Make an access to the IOAS ``id`` and a descriptor for it.
 
     ::
 
-        struct iommu_test_cmd {
-            __u32 size;
-            __u32 op;
-            __u32 id;
-            __u32 __reserved;
-            union {
-                struct {
-                    __u32 out_access_fd;
-                    __u32 flags;
-                };
-            };
-            __u32 last;
-        };
+        struct { __u32 out_access_fd; __u32 flags; } create_access;
     """
 
-    size: u32
-    op: u32 = field(symbols=iommu_test_op)
-    id: u32
-    reserved: u32
-    out_access_fd: u32
+    out_access_fd: u32 = field(offset=16)
     flags: u32 = field(symbols=mock_flags_access_create)
-    last: u32 = field(offset=64)
 
 
 @struct(since="6.2", size=72)
-class test_destroy_access_pages(Struct):
+class test_destroy_access_pages(iommu_test_cmd):
     """Unpin what ACCESS_PAGES pinned.
 
     ::
 
-        struct iommu_test_cmd {
-            __u32 size;
-            __u32 op;
-            __u32 id;
-            __u32 __reserved;
-            union {
-                struct {
-                    __u32 access_pages_id;
-                };
-            };
-            __u32 last;
-        };
+        struct { __u32 access_pages_id; } destroy_access_pages;
     """
 
-    size: u32
-    op: u32 = field(symbols=iommu_test_op)
-    id: u32
-    reserved: u32
-    access_pages_id: u32
-    last: u32 = field(offset=64)
+    access_pages_id: u32 = field(offset=16)
 
 
 @struct(since="6.2", size=72)
-class test_access_pages(Struct):
+class test_access_pages(iommu_test_cmd):
     """Pin ``[iova, iova+length)`` through the access ``id`` and compare with the pages behind ``uptr``.
 
     ::
 
-        struct iommu_test_cmd {
-            __u32 size;
-            __u32 op;
-            __u32 id;
-            __u32 __reserved;
-            union {
-                struct {
-                    __u32 flags;
-                    __u32 out_access_pages_id;
-                    __aligned_u64 iova;
-                    __aligned_u64 length;
-                    __aligned_u64 uptr;
-                };
-            };
-            __u32 last;
-        };
+        struct {
+            __u32 flags;
+            __u32 out_access_pages_id;
+            __aligned_u64 iova;
+            __aligned_u64 length;
+            __aligned_u64 uptr;
+        } access_pages;
     """
 
-    size: u32
-    op: u32 = field(symbols=iommu_test_op)
-    id: u32
-    reserved: u32
-    flags: u32 = field(symbols=mock_flags_access)
+    flags: u32 = field(offset=16, symbols=mock_flags_access)
     out_access_pages_id: u32
     iova: u64
     length: u64 = field(show="dec")
     uptr: u64
-    last: u32 = field(offset=64)
 
 
 @struct(since="6.2", size=72)
-class test_access_rw(Struct):
+class test_access_rw(iommu_test_cmd):
     """Copy between ``uptr`` and the IOVA range through the access ``id``.
 
     ::
 
-        struct iommu_test_cmd {
-            __u32 size;
-            __u32 op;
-            __u32 id;
-            __u32 __reserved;
-            union {
-                struct {
-                    __aligned_u64 iova;
-                    __aligned_u64 length;
-                    __aligned_u64 uptr;
-                    __u32 flags;
-                };
-            };
-            __u32 last;
-        };
+        struct { __aligned_u64 iova; __aligned_u64 length; __aligned_u64 uptr; __u32 flags; } access_rw;
     """
 
-    size: u32
-    op: u32 = field(symbols=iommu_test_op)
-    id: u32
-    reserved: u32
-    iova: u64
+    iova: u64 = field(offset=16)
     length: u64 = field(show="dec")
     uptr: u64
     flags: u32 = field(symbols=mock_access_rw_flags)
-    last: u32 = field(offset=64)
 
 
 @struct(since="6.2", size=72)
-class test_set_temp_memory_limit(Struct):
+class test_set_temp_memory_limit(iommu_test_cmd):
     """Limit the temporary memory of pinning loops, so that small tests reach their edges.
 
     ::
 
-        struct iommu_test_cmd {
-            __u32 size;
-            __u32 op;
-            __u32 id;
-            __u32 __reserved;
-            union {
-                struct {
-                    __u32 limit;
-                };
-            };
-            __u32 last;
-        };
+        struct { __u32 limit; } memory_limit;
     """
 
-    size: u32
-    op: u32 = field(symbols=iommu_test_op)
-    id: u32
-    reserved: u32
-    limit: u32
-    last: u32 = field(offset=64)
+    limit: u32 = field(offset=16)
 
 
-@struct(since="6.2", size=72)
-class test_mock_domain_replace(Struct):
+@struct(since="6.6", size=72)
+class test_mock_domain_replace(iommu_test_cmd):
     """Attach the mock device ``id`` to ``pt_id`` instead.
 
     ::
 
-        struct iommu_test_cmd {
-            __u32 size;
-            __u32 op;
-            __u32 id;
-            __u32 __reserved;
-            union {
-                struct {
-                    __u32 pt_id;
-                };
-            };
-            __u32 last;
-        };
+        struct { __u32 pt_id; } mock_domain_replace;
     """
 
-    size: u32
-    op: u32 = field(symbols=iommu_test_op)
-    id: u32
-    reserved: u32
-    pt_id: u32 = field(direction="inout")
-    last: u32 = field(offset=64)
+    pt_id: u32 = field(offset=16, direction="inout")
 
 
-@struct(since="6.2", size=72)
-class test_access_replace_ioas(Struct):
+@struct(since="6.6", size=72)
+class test_access_replace_ioas(iommu_test_cmd):
     """Move the access ``id`` to ``ioas_id``.
 
     ::
 
-        struct iommu_test_cmd {
-            __u32 size;
-            __u32 op;
-            __u32 id;
-            __u32 __reserved;
-            union {
-                struct {
-                    __u32 ioas_id;
-                };
-            };
-            __u32 last;
-        };
+        struct { __u32 ioas_id; } access_replace_ioas;
     """
 
-    size: u32
-    op: u32 = field(symbols=iommu_test_op)
-    id: u32
-    reserved: u32
-    ioas_id: u32
-    last: u32 = field(offset=64)
+    ioas_id: u32 = field(offset=16)
 
 
-@struct(since="6.2", size=72)
-class test_mock_domain_flags(Struct):
+@struct(since="6.7", size=72)
+class test_mock_domain_flags(iommu_test_cmd):
     """MOCK_DOMAIN with device flags.
 
     ::
 
-        struct iommu_test_cmd {
-            __u32 size;
-            __u32 op;
-            __u32 id;
-            __u32 __reserved;
-            union {
-                struct {
-                    __u32 out_stdev_id;
-                    __u32 out_hwpt_id;
-                    __u32 out_idev_id;
-                    __u32 dev_flags;
-                };
-            };
-            __u32 last;
-        };
+        struct {
+            __u32 out_stdev_id;
+            __u32 out_hwpt_id;
+            __u32 out_idev_id;
+            __u32 dev_flags;
+        } mock_domain_flags;
     """
 
-    size: u32
-    op: u32 = field(symbols=iommu_test_op)
-    id: u32
-    reserved: u32
-    out_stdev_id: u32
+    out_stdev_id: u32 = field(offset=16)
     out_hwpt_id: u32
     out_idev_id: u32
     dev_flags: u32 = field(symbols=mock_flags_device)
-    last: u32 = field(offset=64)
 
 
-@struct(since="6.2", size=72)
-class test_dirty(Struct):
+@struct(since="6.7", size=72)
+class test_dirty(iommu_test_cmd):
     """Mark IOVAs of the HWPT ``id`` dirty from the bitmap at ``uptr``.
 
     ::
 
-        struct iommu_test_cmd {
-            __u32 size;
-            __u32 op;
-            __u32 id;
-            __u32 __reserved;
-            union {
-                struct {
-                    __u32 flags;
-                    __aligned_u64 iova;
-                    __aligned_u64 length;
-                    __aligned_u64 page_size;
-                    __aligned_u64 uptr;
-                    __aligned_u64 out_nr_dirty;
-                };
-            };
-            __u32 last;
-        };
+        struct {
+            __u32 flags;
+            __aligned_u64 iova;
+            __aligned_u64 length;
+            __aligned_u64 page_size;
+            __aligned_u64 uptr;
+            __aligned_u64 out_nr_dirty;
+        } dirty;
     """
 
-    size: u32
-    op: u32 = field(symbols=iommu_test_op)
-    id: u32
-    reserved: u32
-    flags: u32
+    flags: u32 = field(offset=16)
     iova: u64
     length: u64 = field(show="dec")
     page_size: u64 = field(show="dec")
     uptr: u64
     out_nr_dirty: u64 = field(show="dec")
-    last: u32 = field(offset=64)
 
 
-@struct(since="6.2", size=72)
-class test_md_check_iotlb(Struct):
+@struct(since="6.8", size=72)
+class test_md_check_iotlb(iommu_test_cmd):
     """Check one word of the nested HWPT ``id``.
 
     ::
 
-        struct iommu_test_cmd {
-            __u32 size;
-            __u32 op;
-            __u32 id;
-            __u32 __reserved;
-            union {
-                struct {
-                    __u32 id;
-                    __u32 iotlb;
-                };
-            };
-            __u32 last;
-        };
+        struct { __u32 id; __u32 iotlb; } check_iotlb;
     """
 
-    size: u32
-    op: u32 = field(symbols=iommu_test_op)
-    id: u32
-    reserved: u32
-    arm_id: u32 = field(c_name="id")
+    arm_id: u32 = field(offset=16, c_name="id")
     iotlb: u32 = field(show="hex")
-    last: u32 = field(offset=64)
 
 
-@struct(since="6.2", size=72)
-class test_trigger_iopf(Struct):
+@struct(since="6.11", size=72)
+class test_trigger_iopf(iommu_test_cmd):
     """Let the device ``dev_id`` send one page request.
 
     ::
 
-        struct iommu_test_cmd {
-            __u32 size;
-            __u32 op;
-            __u32 id;
-            __u32 __reserved;
-            union {
-                struct {
-                    __u32 dev_id;
-                    __u32 pasid;
-                    __u32 grpid;
-                    __u32 perm;
-                    __aligned_u64 addr;
-                };
-            };
-            __u32 last;
-        };
+        struct { __u32 dev_id; __u32 pasid; __u32 grpid; __u32 perm; __aligned_u64 addr; } trigger_iopf;
     """
 
-    size: u32
-    op: u32 = field(symbols=iommu_test_op)
-    id: u32
-    reserved: u32
-    dev_id: u32
+    dev_id: u32 = field(offset=16)
     pasid: u32
     grpid: u32
     perm: u32 = field(symbols=iommu_hwpt_pgfault_perm)
     addr: u64
-    last: u32 = field(offset=64)
 
 
-@struct(since="6.2", size=72)
-class test_dev_check_cache(Struct):
+@struct(since="6.13", size=72)
+class test_dev_check_cache(iommu_test_cmd):
     """Check one word of the mock device ``id``.
 
     ::
 
-        struct iommu_test_cmd {
-            __u32 size;
-            __u32 op;
-            __u32 id;
-            __u32 __reserved;
-            union {
-                struct {
-                    __u32 id;
-                    __u32 cache;
-                };
-            };
-            __u32 last;
-        };
+        struct { __u32 id; __u32 cache; } check_dev_cache;
     """
 
-    size: u32
-    op: u32 = field(symbols=iommu_test_op)
-    id: u32
-    reserved: u32
-    arm_id: u32 = field(c_name="id")
+    arm_id: u32 = field(offset=16, c_name="id")
     cache: u32 = field(show="hex")
-    last: u32 = field(offset=64)
 
 
-@struct(since="6.2", size=72)
-class test_trigger_vevent(Struct):
+@struct(since="6.15", size=72)
+class test_trigger_vevent(iommu_test_cmd):
     """Let the device ``dev_id`` report one virtual event.
 
     ::
 
-        struct iommu_test_cmd {
-            __u32 size;
-            __u32 op;
-            __u32 id;
-            __u32 __reserved;
-            union {
-                struct {
-                    __u32 dev_id;
-                };
-            };
-            __u32 last;
-        };
+        struct { __u32 dev_id; } trigger_vevent;
     """
 
-    size: u32
-    op: u32 = field(symbols=iommu_test_op)
-    id: u32
-    reserved: u32
-    dev_id: u32
-    last: u32 = field(offset=64)
+    dev_id: u32 = field(offset=16)
 
 
-@struct(since="6.2", size=72)
-class test_pasid_attach(Struct):
+@struct(since="6.15", size=72)
+class test_pasid_attach(iommu_test_cmd):
     """Attach a PASID of the mock device ``id``.
 
     ::
 
-        struct iommu_test_cmd {
-            __u32 size;
-            __u32 op;
-            __u32 id;
-            __u32 __reserved;
-            union {
-                struct {
-                    __u32 pasid;
-                    __u32 pt_id;
-                };
-            };
-            __u32 last;
-        };
+        struct { __u32 pasid; __u32 pt_id; } pasid_attach;
     """
 
-    size: u32
-    op: u32 = field(symbols=iommu_test_op)
-    id: u32
-    reserved: u32
-    pasid: u32
+    pasid: u32 = field(offset=16)
     pt_id: u32 = field(direction="inout")
-    last: u32 = field(offset=64)
 
 
-@struct(since="6.2", size=72)
-class test_pasid_replace(Struct):
+@struct(since="6.15", size=72)
+class test_pasid_replace(iommu_test_cmd):
     """Attach a PASID of the mock device ``id`` to another page table.
 
     ::
 
-        struct iommu_test_cmd {
-            __u32 size;
-            __u32 op;
-            __u32 id;
-            __u32 __reserved;
-            union {
-                struct {
-                    __u32 pasid;
-                    __u32 pt_id;
-                };
-            };
-            __u32 last;
-        };
+        struct { __u32 pasid; __u32 pt_id; } pasid_replace;
     """
 
-    size: u32
-    op: u32 = field(symbols=iommu_test_op)
-    id: u32
-    reserved: u32
-    pasid: u32
+    pasid: u32 = field(offset=16)
     pt_id: u32 = field(direction="inout")
-    last: u32 = field(offset=64)
 
 
-@struct(since="6.2", size=72)
-class test_pasid_detach(Struct):
+@struct(since="6.15", size=72)
+class test_pasid_detach(iommu_test_cmd):
     """Detach a PASID of the mock device ``id``.
 
     ::
 
-        struct iommu_test_cmd {
-            __u32 size;
-            __u32 op;
-            __u32 id;
-            __u32 __reserved;
-            union {
-                struct {
-                    __u32 pasid;
-                };
-            };
-            __u32 last;
-        };
+        struct { __u32 pasid; } pasid_detach;
     """
 
-    size: u32
-    op: u32 = field(symbols=iommu_test_op)
-    id: u32
-    reserved: u32
-    pasid: u32
-    last: u32 = field(offset=64)
+    pasid: u32 = field(offset=16)
 
 
-@struct(since="6.2", size=72)
-class test_pasid_check_hwpt(Struct):
+@struct(since="6.15", size=72)
+class test_pasid_check_hwpt(iommu_test_cmd):
     """Check which HWPT a PASID of the mock device ``id`` is attached to.
 
     ::
 
-        struct iommu_test_cmd {
-            __u32 size;
-            __u32 op;
-            __u32 id;
-            __u32 __reserved;
-            union {
-                struct {
-                    __u32 pasid;
-                    __u32 hwpt_id;
-                };
-            };
-            __u32 last;
-        };
+        struct { __u32 pasid; __u32 hwpt_id; } pasid_check;
     """
 
-    size: u32
-    op: u32 = field(symbols=iommu_test_op)
-    id: u32
-    reserved: u32
-    pasid: u32
+    pasid: u32 = field(offset=16)
     hwpt_id: u32
-    last: u32 = field(offset=64)
 
 
-@struct(since="6.2", size=72)
-class test_dmabuf_get(Struct):
+@struct(since="7.0", size=72)
+class test_dmabuf_get(iommu_test_cmd):
     """Make a dma-buf of ``length`` bytes; the result is its descriptor.
 
     ::
 
-        struct iommu_test_cmd {
-            __u32 size;
-            __u32 op;
-            __u32 id;
-            __u32 __reserved;
-            union {
-                struct {
-                    __u32 length;
-                    __u32 open_flags;
-                };
-            };
-            __u32 last;
-        };
+        struct { __u32 length; __u32 open_flags; } dmabuf_get;
     """
 
-    size: u32
-    op: u32 = field(symbols=iommu_test_op)
-    id: u32
-    reserved: u32
-    length: u32
+    length: u32 = field(offset=16)
     open_flags: u32 = field(show="hex")
-    last: u32 = field(offset=64)
 
 
-@struct(since="6.2", size=72)
-class test_dmabuf_revoke(Struct):
+@struct(since="7.0", size=72)
+class test_dmabuf_revoke(iommu_test_cmd):
     """Revoke (or restore) a dma-buf made by DMABUF_GET.
 
     ::
 
-        struct iommu_test_cmd {
-            __u32 size;
-            __u32 op;
-            __u32 id;
-            __u32 __reserved;
-            union {
-                struct {
-                    __s32 dmabuf_fd;
-                    __u32 revoked;
-                };
-            };
-            __u32 last;
-        };
+        struct { __s32 dmabuf_fd; __u32 revoked; } dmabuf_revoke;
     """
 
-    size: u32
-    op: u32 = field(symbols=iommu_test_op)
-    id: u32
-    reserved: u32
-    dmabuf_fd: s32
+    dmabuf_fd: s32 = field(offset=16)
     revoked: u32
-    last: u32 = field(offset=64)
 
 
 ARMS: dict[int, type[Struct]] = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 from enum import IntEnum, IntFlag
 from typing import Annotated
 
-from iommufd.uapi.declare import Struct, array, field, struct, u32, u64, u8
+from iommufd.uapi.declare import Struct, array, field, struct, u8, u32, u64
 
 IOMMU_HW_INFO_VTD_ERRATA_772415_SPR17 = 1 << 0
 

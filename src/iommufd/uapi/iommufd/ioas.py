@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from enum import IntEnum, IntFlag
 
-from iommufd.uapi.declare import Struct, field, struct, s32, u16, u32, u64
+from iommufd.uapi.declare import Struct, field, s32, struct, u16, u32, u64
 
 
 @struct(since="6.2")
