@@ -1,0 +1,31 @@
+# `make demo` and `make test` do everything they need, on a machine with Python (3.11 or later) and make.
+PYTHON ?= python3
+VENV   := .venv/bin
+ARGS   ?=
+
+.PHONY: setup demo test lint bench conformance oracle
+.DEFAULT_GOAL := setup
+
+setup: .venv/stamp               # the development environment, in .venv
+.venv/stamp: pyproject.toml tools/setup.sh
+	@sh tools/setup.sh $(PYTHON)
+
+demo: setup                      # an unmodified program on a software /dev/iommu
+	@$(VENV)/python examples/demo.py $(ARGS)
+
+test: setup                      # all tests that need no kernel tree, no compiler, no root
+	@$(VENV)/python -m pytest -n auto -q -m "not oracle" $(ARGS)
+
+lint: setup                      # style, types, and which room imports which
+	@$(VENV)/ruff check .
+	@$(VENV)/mypy
+	@$(VENV)/lint-imports --no-logo
+
+bench: setup                     # medians, and their ratio to a floor measured in the same run
+	@$(VENV)/python -m bench $(ARGS)
+
+conformance: setup               # the kernel's own selftest programs, through `iommufd run`
+	@$(VENV)/python -m tools.conformance $(ARGS)
+
+oracle: setup                    # tests/conformance on a real kernel in an emulated VM
+	@$(VENV)/python -m tools.oracle test $(ARGS)
