@@ -27,9 +27,8 @@ import re
 import struct as _struct
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from enum import IntEnum, IntFlag
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, NamedTuple, Self, TypeVar
 
 if TYPE_CHECKING:
     import ctypes
@@ -53,23 +52,17 @@ def IO(type_: int, nr: int) -> int:
     return type_ << 8 | nr
 
 
-@dataclass(frozen=True, slots=True)
 class CType:
     """A C scalar, or an array of ``count`` of them (``count`` None: a scalar; 0: a flexible array member)."""
 
-    name: str
-    code: str  # the letter of struct.Struct
-    width: int  # bytes of one element, which is also its alignment
-    count: int | None = None
+    __slots__ = ("code", "count", "name", "size", "width")
 
-    @property
-    def size(self) -> int:
-        return self.width if self.count is None else self.width * self.count
-
-    @property
-    def c(self) -> str:
-        """As the kernel's headers spell it, ``__u64`` for ``__aligned_u64`` as well."""
-        return f"__{self.name}" if self.count is None else f"__{self.name}[{self.count or ''}]"
+    def __init__(self, name: str, code: str, width: int, count: int | None = None) -> None:
+        self.name = name
+        self.code = code  # the letter of struct.Struct
+        self.width = width  # bytes of one element, which is also its alignment
+        self.count = count
+        self.size = width if count is None else width * count
 
 
 SCALARS = {
@@ -96,8 +89,7 @@ def array(scalar: str, count: int) -> CType:
     return CType(base.name, base.code, base.width, count)
 
 
-@dataclass(frozen=True, slots=True)
-class Field:
+class Field(NamedTuple):
     """One member of a struct: where it is, and how people want to see it."""
 
     name: str
@@ -107,13 +99,12 @@ class Field:
     ctype: CType
     since: Release
     symbols: Symbols | None  # the enum or flags its value is one of
-    show: str  # "dec", "hex" or "flags"/"enum" when there are symbols
+    show: str  # "dec", "hex", or "flags" and "enum" when there are symbols
     direction: str  # "in", "out" or "inout": who gives the value
     union: str | None  # the member stored at the same place whose value this one shares
 
 
-@dataclass(frozen=True, slots=True)
-class _FieldSpec:
+class _FieldSpec(NamedTuple):
     since: str | None = None
     c_name: str | None = None
     offset: int | None = None
@@ -244,7 +235,7 @@ def struct(*, since: str, size: int | None = None, c_name: str | None = None) ->
     members say. ``c_name``: C tag where it is not the class name.
     """
 
-    def make(cls: _S) -> _S:
+    def make(cls: Any) -> Any:
         first = release(since)
         fields = _lay_out(cls, first)
         align = max((f.ctype.width for f in fields), default=1)
@@ -266,8 +257,7 @@ def struct(*, since: str, size: int | None = None, c_name: str | None = None) ->
             FORMAT=_format(stored, total),
             _ctypes=None,
         )
-        made: Any = type(cls.__name__, cls.__bases__, namespace)
-        return made  # type: ignore[no-any-return]
+        return type(cls.__name__, cls.__bases__, namespace)
 
     return make
 
