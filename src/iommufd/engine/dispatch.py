@@ -178,6 +178,8 @@ def _run(call: Call) -> int | Pending:
     call.cmd = row.unpack(call.raw)  # row 7: a missing tail reads as zero
     for instrument in call.world.instruments:
         instrument.ioctl_enter(call)
+    if call.world.fail_call is not None:
+        call.world.fail_call(row.command.name, task)
     try:
         result = row.handler(call)  # row 8
         if row.respond is Respond.ON_SUCCESS:

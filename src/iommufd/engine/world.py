@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
+from iommufd.engine.fail import Injector
 from iommufd.memory.physical import Physical
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 LATEST = (7, 3)
 
 FailHook = Callable[[str, "Task | None"], bool]
+FailCall = Callable[[str, "Task"], None]
 CompatIoctl = Callable[["Context", "Task", int, int], "int | Pending"]
 
 
@@ -33,7 +35,7 @@ class World:
     ``kernel`` is the release whose uAPI is shown; newer commands do not exist and newer struct fields are unknown.
     ``defects`` names the known bugs of a release that this machine reproduces. ``noiommu`` and ``vfio_container`` are
     CONFIG_IOMMUFD_NOIOMMU and CONFIG_IOMMUFD_VFIO_CONTAINER; CONFIG_IOMMUFD_TEST is present when selftest/ has added its
-    row. ``fail`` is the fault-injection hook; None (nobody injects) costs one test.
+    row. ``fail`` and ``fail_call`` are the fault-injection hooks of ``injector``; None (nobody injects) costs one test.
     """
 
     def __init__(
@@ -56,6 +58,8 @@ class World:
         self.compat_ioctl: CompatIoctl | None = None
         self.instruments: list[Instrument] = []
         self.fail: FailHook | None = None
+        self.fail_call: FailCall | None = None
+        self.injector = Injector(self)
 
     def failpoint(self, name: str, task: Task | None) -> bool:
         """True when fault injection wants the point ``name`` (core 10) to fail now."""
