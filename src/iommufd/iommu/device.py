@@ -68,7 +68,8 @@ class Device:
 
     def resv_regions(self) -> list[ReservedRegion]:
         """The driver's list for this device; empty when it has none."""
-        return self.driver.get_resv_regions(self) if isinstance(self.driver, HasReservedRegions) else []
+        driver = self.driver
+        return driver.get_resv_regions(self) if driver is not None and isinstance(driver, HasReservedRegions) else []
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.name}>"

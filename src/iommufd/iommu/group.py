@@ -120,7 +120,9 @@ class Group:
             return
         device = self.devices[0]
         driver = device.driver
-        if driver is not None and driver.blocked_domain is not None:
+        if driver is None:
+            raise KernelError(errno.EOPNOTSUPP, f"{device.name} has no IOMMU driver")
+        if driver.blocked_domain is not None:
             self.blocking_domain = driver.blocked_domain
             return
         if isinstance(driver, AllocatesPagingWithFlags):
@@ -196,8 +198,9 @@ class Group:
                 new.attach_dev(device, old)
             except KernelError as error:
                 log.warning("%s refuses a domain it must accept: %s", device.name, error)
-                if isinstance(self.blocking_domain, AttachesDevices):
-                    self.blocking_domain.attach_dev(device, old)
+                blocking = self.blocking_domain
+                if blocking is not None and isinstance(blocking, AttachesDevices):
+                    blocking.attach_dev(device, old)
         self.domain = new
 
     # -------------------------------------------------------------------------------------------------- a PASID (3.4b)
@@ -273,7 +276,7 @@ class Group:
     def _blocked(self) -> SetsPasids | None:
         driver = self.devices[0].driver if self.devices else None
         blocked = driver.blocked_domain if driver is not None else None
-        return blocked if isinstance(blocked, SetsPasids) else None
+        return blocked if blocked is not None and isinstance(blocked, SetsPasids) else None
 
     def _check_pasid_change(self, domain: Domain) -> None:
         if not compatible(domain, self.devices[0]):
