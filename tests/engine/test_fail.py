@@ -254,4 +254,4 @@ def test_a_sweep_visits_every_point_and_ends_clean(world: World) -> None:
 def test_a_sweep_of_an_endless_chain_gives_up(world: World) -> None:
     task = _task(ME())
     with pytest.raises(RuntimeError, match="after 5 rounds"):
-        list(_asks(world, task, shot.nth) for shot in sweep(world, limit=5))
+        [_asks(world, task, shot.nth) for shot in sweep(world, limit=5)]
