@@ -181,11 +181,11 @@ def parse_rule(text: str) -> Rule:
 
 
 def _known_commands() -> set[str]:
-    """Every ioctl a rule may name: the native table and the VFIO calls. Imported when wanted: rules are rare."""
-    from iommufd.uapi.commands import BY_NAME
-    from iommufd.uapi.vfio import numbers
+    """Every ioctl a rule may name. Imported when wanted: rules are rare."""
+    from iommufd.uapi.commands import COMMANDS
+    from iommufd.uapi.vfio.commands import CONTAINER, DEVICE, GROUP
 
-    return {*BY_NAME, *(name for name, value in vars(numbers).items() if name.startswith("VFIO_") and value > 0x3B00)}
+    return {command.name for table in (COMMANDS, CONTAINER, GROUP, DEVICE) for command in table}
 
 
 @dataclass(slots=True)
