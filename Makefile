@@ -27,5 +27,5 @@ bench: setup                     # medians, and their ratio to a floor measured 
 conformance: setup               # the kernel's own selftest programs, through `iommufd run`
 	@$(VENV)/python -m tools.conformance $(ARGS)
 
-oracle: setup                    # tests/conformance on a real kernel in an emulated VM
+oracle: setup                    # the conformance checks on a real kernel, in an emulated VM
 	@$(VENV)/python -m tools.oracle test $(ARGS)

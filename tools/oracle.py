@@ -1,9 +1,10 @@
 """`make oracle`: the real kernel, as judge.
 
 A kernel with iommufd and its test support (:mod:`tools.kernel_tree` builds it once) boots under QEMU's software
-emulation in about two seconds, with this machine's files as its read-only root. ``test`` runs ``tests/conformance`` on
-its ``/dev/iommu`` and brings the recorded transcripts back; ``run`` runs any shell command there; ``selftest`` runs the
-kernel's own programs natively, for comparison with `make conformance`.
+emulation in about two seconds, with this machine's files as its read-only root. ``test`` plays the conformance checks
+(:mod:`iommufd.testing`) on its ``/dev/iommu`` and brings the transcripts back to ``tests/conformance/transcripts``;
+``run`` runs any shell command there; ``selftest`` runs the kernel's own programs natively, to compare with
+`make conformance`.
 
 ``QEMU_EXTRA`` adds options to QEMU. ``--vfio`` is a ready-made set: an Intel IOMMU and three devices that do DMA, two
 of them in one group behind a conventional PCI bridge; the job finds ``tools/vm/bind-vfio`` to hand them to vfio-pci.
@@ -73,8 +74,7 @@ def boot(job: str, out: Path, extra: Sequence[str] = (), timeout: float = 1800.0
     kernel_tree.require(FOR_VM)
     for name in ("status", "stdout", "stderr"):
         (out / name).unlink(missing_ok=True)
-    environment = {"PATH": os.environ["PATH"], "HOME": "/tmp", "TMPDIR": "/tmp", "PYTHONDONTWRITEBYTECODE": "1",
-                   "IOMMUFD_ORACLE": "1", "IOMMUFD_TRANSCRIPTS": "/tmp/out/transcripts"}
+    environment = {"PATH": os.environ["PATH"], "HOME": "/tmp", "TMPDIR": "/tmp", "PYTHONDONTWRITEBYTECODE": "1"}
     exports = "".join(f"export {name}={shlex.quote(value)}\n" for name, value in environment.items())
     (out / "job").write_text(f"{exports}cd {shlex.quote(str(ROOT))}\n{job}\n")
     (out / "keep").write_text("".join(f"{path}\n" for path in hidden([ROOT, Path(sys.prefix), Path(sys.base_prefix)])))
@@ -131,16 +131,16 @@ def verdict(out: Path) -> int:
     return 125
 
 
-def test(arguments: Sequence[str], out: Path, extra: Sequence[str]) -> int:
-    """tests/conformance on the real kernel; transcripts it recorded replace the committed ones."""
-    words = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-m", "oracle", "tests/conformance", *arguments]
-    (out / "transcripts").mkdir()
-    status = boot(shlex.join(words), out, extra)
-    recorded = sorted((out / "transcripts").rglob("*.*"))
+def test(checks: Sequence[str], out: Path, vfio: bool) -> int:
+    """The conformance checks on the real kernel; the transcripts it recorded replace the committed ones."""
+    have = ["root", "hugepages", "processes", *(["vtd"] if vfio else [])]
+    words = [sys.executable, "-m", "iommufd.testing.record", "--out", "/tmp/out/transcripts", "--have", " ".join(have)]
+    job = "tools/vm/bind-vfio > /dev/null\n" if vfio else ""
+    status = boot(job + shlex.join([*words, *checks]), out, shlex.split(VFIO) if vfio else [])
+    recorded = sorted((out / "transcripts").glob("*.json"))
+    TRANSCRIPTS.mkdir(parents=True, exist_ok=True)
     for path in recorded:
-        target = TRANSCRIPTS / path.relative_to(out / "transcripts")
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(path, target)
+        shutil.copyfile(path, TRANSCRIPTS / path.name)
     print(f"oracle: {len(recorded)} transcripts recorded in {TRANSCRIPTS.relative_to(ROOT)}")
     return status
 
@@ -170,7 +170,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands.add_parser("build", help="build the kernel and the selftest programs")
     commands.add_parser("selftest", help="run the kernel's own selftest programs on it")
     commands.add_parser("run", help="run a shell command on it").add_argument("shell")
-    commands.add_parser("test", help="run tests/conformance on it").add_argument("pytest", nargs=argparse.REMAINDER)
+    commands.add_parser("test", help="run the conformance checks on it").add_argument("check", nargs="*")
     options = parser.parse_args(argv)
     extra = shlex.split(VFIO) if options.vfio else []
     with tempfile.TemporaryDirectory(prefix="iommufd-oracle-") as temporary:
@@ -184,7 +184,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 return selftest(out)
             if options.command == "run":
                 return boot(options.shell, out, extra)
-            return test(options.pytest, out, extra)
+            return test(options.check, out, options.vfio)
         except kernel_tree.CannotBuild as failure:
             print(f"oracle: {failure}", file=sys.stderr)
             return 2
