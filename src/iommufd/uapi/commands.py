@@ -53,7 +53,7 @@ COMMANDS: tuple[Command, ...] = (
     _command("IOMMU_IOAS_MAP_FILE", u.iommu_ioas_map_file, 40, "6.13"),
     _command("IOMMU_VIOMMU_ALLOC", u.iommu_viommu_alloc, 24, "6.13"),
     _command("IOMMU_VDEVICE_ALLOC", u.iommu_vdevice_alloc, 24, "6.13"),
-    _command("IOMMU_IOAS_CHANGE_PROCESS", u.iommu_ioas_change_process, 8, "6.14"),
+    _command("IOMMU_IOAS_CHANGE_PROCESS", u.iommu_ioas_change_process, 8, "6.13"),
     _command("IOMMU_VEVENTQ_ALLOC", u.iommu_veventq_alloc, 28, "6.15"),
     _command("IOMMU_HW_QUEUE_ALLOC", u.iommu_hw_queue_alloc, 40, "6.17"),
     _command("IOMMU_IOAS_NOIOMMU_GET_PA", u.iommu_ioas_noiommu_get_pa, 40, "7.3"),

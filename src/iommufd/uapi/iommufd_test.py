@@ -456,7 +456,7 @@ class test_pasid_check_hwpt(iommu_test_cmd):
     hwpt_id: u32
 
 
-@struct(since="7.0", size=72)
+@struct(since="6.19", size=72)
 class test_dmabuf_get(iommu_test_cmd):
     """Make a dma-buf of ``length`` bytes; the result is its descriptor.
 
@@ -469,7 +469,7 @@ class test_dmabuf_get(iommu_test_cmd):
     open_flags: u32 = field(show="hex")
 
 
-@struct(since="7.0", size=72)
+@struct(since="6.19", size=72)
 class test_dmabuf_revoke(iommu_test_cmd):
     """Revoke (or restore) a dma-buf made by DMABUF_GET.
 

@@ -89,7 +89,7 @@ class iommu_hw_info_tegra241_cmdqv(Struct):
     reserved: u8
 
 
-@struct(since="6.19")
+@struct(since="7.0")
 class iommu_hw_info_amd(Struct):
     """AMD: raw extended feature registers.
 

@@ -69,7 +69,7 @@ class iommu_hwpt_arm_smmuv3(Struct):
     ste: Annotated[tuple[int, ...], array("le64", 2)]
 
 
-@struct(since="6.20")
+@struct(since="7.0")
 class iommu_hwpt_amd_guest(Struct):
     """Data of an AMD nested HWPT: the guest device table entry.
 

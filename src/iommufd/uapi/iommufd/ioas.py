@@ -322,7 +322,7 @@ class iommu_vfio_ioas(Struct):
     reserved: u16
 
 
-@struct(since="6.14")
+@struct(since="6.13")
 class iommu_ioas_change_process(Struct):
     """Move the pinned-memory charge of every file mapping to the calling process.
 

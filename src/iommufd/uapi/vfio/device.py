@@ -71,7 +71,7 @@ class vfio_pci_atomic_flags(IntFlag):
     COMP128 = VFIO_PCI_ATOMIC_COMP128
 
 
-@struct(since="6.6")
+@struct(since="6.5")
 class vfio_device_info_cap_pci_atomic_comp(Struct):
     """Atomic completer sizes of the root port.
 

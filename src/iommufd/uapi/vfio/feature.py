@@ -238,7 +238,7 @@ class vfio_bus_master_op(IntEnum):
     SET_MASTER = VFIO_DEVICE_FEATURE_SET_MASTER
 
 
-@struct(since="6.10")
+@struct(since="6.7")
 class vfio_device_feature_bus_master(Struct):
     """Payload of BUS_MASTER.
 
