@@ -1,4 +1,5 @@
-"""Device: a device behind (or without) an IOMMU, as the generic layer knows it (kernel: struct device with its dev_iommu)."""
+"""Device: a device behind (or without) an IOMMU, as the generic layer knows it (kernel: struct device with its
+dev_iommu)."""
 
 from __future__ import annotations
 
@@ -16,8 +17,8 @@ class Device:
     """One device. Without IOMMU state (``driver``, ``iommu`` and ``group`` None) it is a no-IOMMU device.
 
     ``pasid_limit``: how many PASIDs the device itself can tell apart (0: no PASID capability). ``pci``: a PCI function;
-    ``pasid_exec``/``pasid_priv``: bits enabled in its PASID control register; ``vf_with_pri``: a virtual function that shares its
-    physical function's page request interface. ``isolated_msi``: its interrupts cannot be forged by others.
+    ``pasid_exec``/``pasid_priv``: bits enabled in its PASID control register; ``vf_with_pri``: a virtual function that
+    shares its physical function's page request interface. ``isolated_msi``: its interrupts cannot be forged by others.
     """
 
     __slots__ = (

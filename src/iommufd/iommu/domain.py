@@ -1,8 +1,8 @@
 """Domain: one I/O page table, as drivers give it and iommufd uses it (kernel: struct iommu_domain and its ops).
 
-devices.md 10.2-10.4. A domain is any object with the attributes of :class:`Domain`; what else it can do it shows by having the
-methods of the further protocols here, one protocol per optional op of the kernel, and the layers above ask with
-``isinstance``. Invariants:
+devices.md 10.2-10.4. A domain is any object with the attributes of :class:`Domain`; what else it can do it shows by
+having the methods of the further protocols here, one protocol per optional op of the kernel, and the layers above ask
+with ``isinstance``. Invariants:
 
 * ``owner`` is set by iommufd right after allocation and names the driver; compared by identity.
 * A map either maps everything or nothing. An unmap cannot fail and cannot need memory.
@@ -86,8 +86,8 @@ class AttachesDevices(Protocol):
     def attach_dev(self, device: Device, old: Domain) -> None:
         """Moves the device's RID from ``old`` to this domain; on KernelError it is still on ``old``.
 
-        EINVAL says "not with this device" (iommufd then tries another domain); anything else is a failure for the client.
-        Going back to a domain that was good before, and to a blocked one, must succeed."""
+        EINVAL says "not with this device" (iommufd then tries another domain); anything else is a failure for the
+        client. Going back to a domain that was good before, and to a blocked one, must succeed."""
 
 
 @runtime_checkable
@@ -95,7 +95,8 @@ class SetsPasids(Protocol):
     """``set_dev_pasid``: a domain without it cannot be attached to a PASID (EOPNOTSUPP)."""
 
     def set_dev_pasid(self, device: Device, pasid: int, old: Domain | None) -> None:
-        """Sets or replaces the domain of one PASID; on KernelError the PASID keeps ``old``. On a blocked domain: removal."""
+        """Sets or replaces the domain of one PASID; on KernelError the PASID keeps ``old``. On a blocked domain:
+        removal."""
 
 
 @runtime_checkable
@@ -109,7 +110,8 @@ class InvalidatesCaches(Protocol):
     """A NESTED domain whose user may invalidate cached translations."""
 
     def cache_invalidate_user(self, array: UserArray) -> None:
-        """Handles ``array.entry_num`` entries and sets it to the number fully handled, on success and on KernelError."""
+        """Handles ``array.entry_num`` entries and sets it to the number fully handled, on success and on
+        KernelError."""
 
 
 class DirtySink(Protocol):
@@ -119,9 +121,9 @@ class DirtySink(Protocol):
         """The entry that translates ``[iova, iova + length)`` is dirty."""
 
     def record_bits(self, iova: int, unit: int, bits: memoryview) -> None:
-        """Many entries at once: bit n (byte n/8, lowest first) of ``bits`` is set when ``[iova + n*unit, + unit)`` belongs to
-        a dirty entry. ``unit`` is a power of two that divides ``iova``. Entries reported so begin and end inside the
-        reported bits."""
+        """Many entries at once: bit n (byte n/8, lowest first) of ``bits`` is set when ``[iova + n*unit, + unit)``
+        belongs to a dirty entry. ``unit`` is a power of two that divides ``iova``. Entries reported so begin and end
+        inside the reported bits."""
 
 
 @runtime_checkable
@@ -132,9 +134,9 @@ class DirtyOps(Protocol):
         """Idempotent."""
 
     def read_and_clear_dirty(self, iova: int, length: int, *, clear: bool, sink: DirtySink | None) -> None:
-        """Reports every dirty entry of ``[iova, iova + length)``, a range inside one mapped area, to ``sink`` (None: nobody
-        wants to know) and makes it clean if ``clear``. Entries are whole: one that sticks out of the range is reported
-        with its full span."""
+        """Reports every dirty entry of ``[iova, iova + length)``, a range inside one mapped area, to ``sink`` (None:
+        nobody wants to know) and makes it clean if ``clear``. Entries are whole: one that sticks out of the range is
+        reported with its full span."""
 
 
 class PagingDomain(Domain, Protocol):
@@ -148,8 +150,8 @@ class PagingDomain(Domain, Protocol):
     def map(self, iova: int, extents: Extents, offset: int, length: int, prot: int, page_by_page: bool) -> None:
         """Maps ``length`` bytes at ``iova`` to the memory ``extents``, starting ``offset`` bytes into their first page.
 
-        ``prot`` is a :class:`Prot`; ``page_by_page`` makes every entry one page (large pages are disabled). All or nothing;
-        KernelError EINVAL, ERANGE, ENXIO, EADDRINUSE, ENOMEM (mock-device 2.6)."""
+        ``prot`` is a :class:`Prot`; ``page_by_page`` makes every entry one page (large pages are disabled). All or
+        nothing; KernelError EINVAL, ERANGE, ENXIO, EADDRINUSE, ENOMEM (mock-device 2.6)."""
 
     def unmap(self, iova: int, length: int) -> None:
         """Removes whatever is mapped in the range; cannot fail."""

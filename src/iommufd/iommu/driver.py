@@ -1,8 +1,8 @@
 """Driver: what an IOMMU driver offers (kernel: struct iommu_ops), devices.md 10.1.
 
-:class:`Driver` is what every driver has. Each optional op is a protocol of its own with exactly that op; a driver offers it by
-having the method, and iommufd answers EOPNOTSUPP (or what the chapter says) when it does not. Ops raise KernelError; the errno
-reaches the client.
+:class:`Driver` is what every driver has. Each optional op is a protocol of its own with exactly that op; a driver
+offers it by having the method, and iommufd answers EOPNOTSUPP (or what the chapter says) when it does not. Ops raise
+KernelError; the errno reaches the client.
 """
 
 from __future__ import annotations
@@ -109,7 +109,8 @@ class AllocatesPaging(Protocol):
 @runtime_checkable
 class AllocatesNested(Protocol):
     def domain_alloc_nested(self, device: Device, parent: Domain, flags: int, data: UserData) -> Domain:
-        """A user-managed stage-1 on ``parent``; ``flags`` within PASID. Wrong data type: EOPNOTSUPP; malformed: EINVAL."""
+        """A user-managed stage-1 on ``parent``; ``flags`` within PASID. Wrong data type: EOPNOTSUPP; malformed:
+        EINVAL."""
 
 
 @runtime_checkable
@@ -135,7 +136,8 @@ class HasViommus(Protocol):
 
 @runtime_checkable
 class ProbesDevices(Protocol):
-    """The op by which hot-added devices find their driver: ``probe_device`` names the instance, KernelError ENODEV: not mine."""
+    """The op by which hot-added devices find their driver: ``probe_device`` names the instance, KernelError ENODEV:
+    not mine."""
 
     def probe_device(self, device: Device) -> Iommu: ...
 

@@ -3,8 +3,9 @@
 devices.md 1.1, 1.3, 3.3, 3.4, 3.4b. One Group per isolation group of the hardware, shared by all contexts. Invariants:
 
 * ``domain`` is the RID domain of every member; a switch that fails leaves all members where they were.
-* ``owner_cnt`` counts claims. While it is not 0, ``owner`` is who claimed (an iommufd context), or None for a kernel driver
-  that uses the DMA API. Unowned, the group is in ``default_domain``; owned and not attached, in ``blocking_domain``.
+* ``owner_cnt`` counts claims. While it is not 0, ``owner`` is who claimed (an iommufd context), or None for a kernel
+  driver that uses the DMA API. Unowned, the group is in ``default_domain``; owned and not attached, in
+  ``blocking_domain``.
 * ``handles`` has the attach in force per PASID; key 0 is the RID.
 * Everything happens under ``mutex``; drivers are called with it held, as in the kernel.
 """
@@ -76,7 +77,8 @@ class Group:
     # ------------------------------------------------------------------------------------------------ ownership (1.3)
 
     def claim(self, owner: object) -> None:
-        """DMA ownership for ``owner``: the group leaves its default domain for the blocking one. EPERM, EBUSY, EINVAL."""
+        """DMA ownership for ``owner``: the group leaves its default domain for the blocking one. EPERM, EBUSY,
+        EINVAL."""
         with self.mutex:
             if self.owner_cnt:
                 if self.owner is not owner:  # step 2
@@ -152,7 +154,8 @@ class Group:
             self.handles[RID] = handle  # step 5
 
     def replace(self, domain: Domain, handle: AttachHandle) -> None:
-        """Another domain for the attached RID, without passing through the blocking one. Its owner is not tested (quirk)."""
+        """Another domain for the attached RID, without passing through the blocking one. Its owner is not tested
+        (quirk)."""
         with self.mutex:
             self._switch(domain)
             self.handles[RID] = handle

@@ -37,7 +37,8 @@ class UserData:
         self.length = length
 
     def check(self, wanted: int, struct: type[Struct], minimum: int) -> None:
-        """devices.md 4.7 row 1: the type, then ``minimum <= length <= sizeof`` (a longer struct is EINVAL, never E2BIG)."""
+        """devices.md 4.7 row 1: the type, then ``minimum <= length <= sizeof`` (a longer struct is EINVAL, never
+        E2BIG)."""
         if self.type != wanted:
             raise KernelError(errno.EINVAL, f"user data of type {self.type:#x} where {wanted:#x} is wanted")
         if not minimum <= self.length <= struct.SIZE:
@@ -51,7 +52,8 @@ class UserData:
         return struct.unpack(self.memory.read(self.uptr, self.length))
 
     def copy_back(self, wanted: int, value: Struct, minimum: int) -> None:
-        """devices.md 4.7 row 4: writes the leading ``length`` bytes of ``value``; EINVAL by :meth:`check`, then EFAULT."""
+        """devices.md 4.7 row 4: writes the leading ``length`` bytes of ``value``; EINVAL by :meth:`check`, then
+        EFAULT."""
         self.check(wanted, type(value), minimum)
         self.memory.write(self.uptr, value.pack()[: self.length])
 

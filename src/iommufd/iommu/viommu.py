@@ -1,7 +1,7 @@
 """What a driver sees of a virtual IOMMU, and what it may implement for one (kernel: struct iommufd_viommu and its ops).
 
-devices.md 10.5, 10.6. The vIOMMU object itself is iommufd's; a driver's ``viommu_init`` gets it as :class:`DriverViommu` and
-puts an object into ``ops`` that has the methods of those protocols below which it supports.
+devices.md 10.5, 10.6. The vIOMMU object itself is iommufd's; a driver's ``viommu_init`` gets it as
+:class:`DriverViommu` and puts an object into ``ops`` that has the methods of those protocols below which it supports.
 """
 
 from __future__ import annotations

@@ -2,10 +2,11 @@
 
 Invariants:
 
-* A Machine owns one World and its dispatch table; everything a program can open on it comes out of :meth:`Machine.open`.
+* A Machine owns one World and its dispatch table; everything a program can open on it comes out of
+  :meth:`Machine.open`.
 * Nothing below this room imports it; drivers and rows arrive here and nowhere else.
-* A context is listed in :attr:`Machine.contexts` from open until the last reference to its file is gone. What it held at
-  that moment is remembered in :attr:`Machine.left`, so that ``--check`` can name what a program never gave back.
+* A context is listed in :attr:`Machine.contexts` from open until the last reference to its file is gone. What it held
+  at that moment is remembered in :attr:`Machine.left`, so that ``--check`` can name what a program never gave back.
 """
 
 from __future__ import annotations
@@ -39,8 +40,8 @@ Opener = Callable[["Task | None", int], "File"]
 class Node:
     """What ``stat`` shows of one path of the machine: ``mode`` with the type bits, ``rdev`` as (major, minor).
 
-    Directories have ``rdev`` (0, 0) and no opener. Owner and group are root's. The kernel makes /dev/iommu 0660; here it is
-    0666, as an administrator makes it for those who may use it, because a software machine needs no guarding.
+    Directories have ``rdev`` (0, 0) and no opener. Owner and group are root's. The kernel makes /dev/iommu 0660; here
+    it is 0666, as an administrator makes it for those who may use it, because a software machine needs no guarding.
     """
 
     path: str
@@ -70,7 +71,8 @@ class Machine:
         vfio_container: bool = True,
     ) -> None:
         self.name = name
-        self.world = World(kernel=(kernel[0], kernel[1]), defects=defects, noiommu=noiommu, vfio_container=vfio_container)
+        release = (kernel[0], kernel[1])
+        self.world = World(kernel=release, defects=defects, noiommu=noiommu, vfio_container=vfio_container)
         self._rows = list(ENGINE_ROWS)
         self._nodes: dict[str, Node] = {}
         self._contexts: dict[int, Context] = {}
@@ -112,7 +114,8 @@ class Machine:
     def open(self, path: str, task: Task | None, flags: int) -> File | None:
         """Opens ``path`` (absolute, resolved) with the flags of open(2); None when the path is not one of ours.
 
-        KernelError ENOTDIR for O_DIRECTORY on a device; directories are not ours to open (the caller lists :meth:`paths`)."""
+        KernelError ENOTDIR for O_DIRECTORY on a device; directories are not ours to open (the caller lists
+        :meth:`paths`)."""
         node = self._nodes.get(path)
         if node is None or node.opener is None or self._closed:
             return None

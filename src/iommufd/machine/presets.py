@@ -1,7 +1,7 @@
 """The machines that can be named: ``iommufd run --machine NAME``.
 
-``NAME@RELEASE`` is a machine that answers as that release does where it is itself wrong; its ``defects`` list says where.
-A plain name behaves as intended.
+``NAME@RELEASE`` is a machine that answers as that release does where it is itself wrong; its ``defects`` list says
+where. A plain name behaves as intended.
 """
 
 from __future__ import annotations
