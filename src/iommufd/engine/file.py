@@ -76,10 +76,14 @@ class File:
     ``link`` is what ``/proc/self/fd/N`` shows. ``carrier`` says how the interposer represents it in the program:
     ``"memory"`` (always ready, can be mapped) or ``"queue"`` (readiness changes; :meth:`poll_changed` is set then).
     ``references`` counts descriptors-holders plus kernel-internal references; see :meth:`get` and :meth:`put`.
+    ``memory_fd`` is a memfd (or -1) that whoever projects a ``mappable`` file sets before its first call: what
+    :meth:`mmap` grants must lie in it at the same offset, so that the program's own mmap can be let through.
     """
 
     link: ClassVar[str] = "anon_inode:[iommufd]"
     carrier: ClassVar[str] = "memory"
+    mappable: ClassVar[bool] = False
+    memory_fd: int = -1
     mode: int = 2  # open access mode: 0 O_RDONLY, 1 O_WRONLY, 2 O_RDWR
 
     def __init__(self) -> None:
