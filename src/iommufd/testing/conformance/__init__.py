@@ -20,9 +20,9 @@ CheckFunction = Callable[["Subject"], None]
 # chapter module -> what it covers; a module registers its checks when it is imported
 CHAPTERS = (
     "dispatch",
-    # "objects",
-    # "options",
-    # "ioas_ranges",
+    "objects",
+    "options",
+    "ioas_ranges",
     # "ioas_map",
     # "ioas_map_file",
     # "ioas_copy",
