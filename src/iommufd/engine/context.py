@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from iommufd.engine.dispatch import FIRST_NR, dispatch
 from iommufd.engine.file import File, Pending
+from iommufd.engine.mmap import MmapStore, check_mapping, map_region, mapping_closed, mapping_opened
 from iommufd.engine.object import ObjectTable
 from iommufd.errors import KernelError
 from iommufd.memory.accounting import Mode
@@ -42,6 +43,7 @@ class Context(File):
         self.compat_ioas: IOAS | None = None
         self.no_iommu_mode = False
         self.mode = mode
+        self.store = MmapStore()
         self.on_release: list[Callable[[Context], None]] = []
 
     def ioctl(self, task: Task, cmd: int, arg: int) -> int | Pending:
@@ -54,8 +56,25 @@ class Context(File):
             return compat(self, task, cmd, arg)
         return dispatch(self, task, cmd, arg)
 
+    def mmap(self, task: Task, offset: int, length: int, prot: int, shared: bool) -> tuple[int, int]:
+        """core 1.7. The mapping is counted from here on: :meth:`mapping_closed` when it goes, or could not be made.
+
+        The descriptor returned is the context's store, in which every region lies at the offset it is mapped at."""
+        check_mapping(self.mode, offset, prot, shared)
+        map_region(self, offset, length)
+        return self.store.fd, offset
+
+    def mapping_opened(self, offset: int) -> None:
+        """A mapping of the region at ``offset`` was copied (fork) or split: one more holds object and context."""
+        mapping_opened(self, offset)
+
+    def mapping_closed(self, offset: int) -> None:
+        """A mapping of the region at ``offset`` (or one of its pieces) is gone."""
+        mapping_closed(self, offset)
+
     def release(self) -> None:
         """The last reference went: everything goes, leaves first (core 2.8)."""
         self.objects.teardown()
+        self.store.close()
         for done in self.on_release:
             done(self)
