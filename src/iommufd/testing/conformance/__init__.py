@@ -23,11 +23,11 @@ CHAPTERS = (
     "objects",
     "options",
     "ioas_ranges",
-    # "ioas_map",
+    "ioas_map",
     # "ioas_map_file",
-    # "ioas_copy",
-    # "ioas_unmap",
-    # "auto_iova",
+    "ioas_copy",
+    "ioas_unmap",
+    "auto_iova",
 )
 
 
