@@ -34,6 +34,7 @@ class Context(File):
     """
 
     link = "/dev/iommu"
+    mappable = True
 
     def __init__(self, world: World, *, account_mode: Mode = Mode.USER, mode: int = 2) -> None:
         super().__init__()

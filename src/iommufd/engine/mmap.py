@@ -4,10 +4,10 @@ Invariants (core 1.7, events-viommu 9.1):
 
 * A region belongs to one object, begins at the lowest free offset >= one page that has room for it, and can be mapped
   only whole. It goes with its owner; while a mapping of it exists the owner has a ``users`` count per mapping.
-* All regions of a context lie in one file in memory, the *store*, at the very offset a program passes to mmap(2). So a
-  projector whose descriptor is the store (opened again) lets the program map it natively, and a mapping made that way
-  is the memory the device model reads and writes.
-* The store has its final size from the start and cannot be resized by anybody (a mapping must never raise SIGBUS).
+* All regions of a context lie in one file in memory, the *store*, at the very offset a program passes to mmap(2). A
+  projector whose descriptor is such a file gives it (``File.memory_fd``) and lets the program map it natively; a
+  mapping made that way is the memory the device model reads and writes.
+* The store has its final size from its first use on (a mapping must never raise SIGBUS).
   Memory of a region that went is given back; a new region reads as zero.
 """
 
@@ -65,38 +65,43 @@ class MmapRegion:
 
 
 class MmapStore:
-    """The regions of one context and the file behind them. Not locked: callers hold ``World.lock`` where they say
-    so."""
+    """The regions of one context and the file behind them. ``World.lock`` guards ``regions``."""
 
-    __slots__ = ("_fd", "_size", "regions")
+    __slots__ = ("_own", "_size", "fd", "regions")
 
     def __init__(self) -> None:
         self.regions: IntervalIndex[MmapRegion] = IntervalIndex()
-        self._fd = -1
+        self.fd = -1  # set by the first region
+        self._own = False
         self._size = 0
 
-    @property
-    def fd(self) -> int:
-        """The store's descriptor, ours to keep open; made on first use."""
-        if self._fd < 0:
-            self._fd = os.memfd_create("iommufd", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-            limit, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
-            self._size = STORE_SIZE if limit == resource.RLIM_INFINITY else min(STORE_SIZE, limit)
-            os.ftruncate(self._fd, self._size)
-            fcntl.fcntl(self._fd, fcntl.F_ADD_SEALS, SEALS)
-        return self._fd
+    def open(self, given: int) -> None:
+        """Chooses the file, once: ``given`` is the projector's, -1 makes one. OSError when none can be had."""
+        if self.fd >= 0:
+            return
+        fd = given if given >= 0 else os.memfd_create("iommufd", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        limit, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
+        size = os.fstat(fd).st_size
+        wanted = STORE_SIZE if limit == resource.RLIM_INFINITY else min(STORE_SIZE, limit)
+        if size < wanted:
+            try:
+                os.ftruncate(fd, wanted)
+                size = wanted
+            except PermissionError:  # sealed by its owner at the size he wants
+                pass
+        if given < 0:
+            fcntl.fcntl(fd, fcntl.F_ADD_SEALS, SEALS)
+        self.fd, self._own, self._size = fd, given < 0, size
 
     def add(self, owner: Object, length: int) -> MmapRegion:
-        """A zeroed region for ``owner`` (events-viommu 9.1): EINVAL unless ``length`` is whole pages, EBUSY when
-        full."""
+        """A zeroed region for ``owner`` (events-viommu 9.1): EINVAL unless ``length`` is whole pages, ENOMEM, EBUSY."""
         if length <= 0 or length % PAGE_SIZE:
             raise KernelError(errno.EINVAL, f"a region of {length} bytes is not one or more whole pages")
-        try:
-            _ = self.fd
-        except OSError as error:
-            raise KernelError(errno.ENOMEM, f"no memory that can be mapped: {error.strerror}") from None
-        world = owner.context.world
-        with world.lock:
+        with owner.context.world.lock:
+            try:
+                self.open(owner.context.memory_fd)
+            except OSError as error:
+                raise KernelError(errno.ENOMEM, f"no memory that can be mapped: {error.strerror}") from None
             hole = next(self.regions.holes(PAGE_SIZE, self._size - 1, length), None)
             if hole is None:
                 raise KernelError(errno.EBUSY, f"no room for {length} bytes in the descriptor's offsets")
@@ -116,9 +121,9 @@ class MmapStore:
 
     def close(self) -> None:
         """The context is gone; mappings keep the memory by themselves."""
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+        if self._own:
+            os.close(self.fd)
+        self.fd, self._own = -1, False
 
 
 def check_mapping(mode: int, offset: int, prot: int, shared: bool) -> None:
