@@ -17,7 +17,7 @@ import errno
 from collections import deque
 from heapq import heappop, heappush
 from struct import Struct
-from typing import TYPE_CHECKING, ClassVar, cast
+from typing import TYPE_CHECKING, cast
 
 from iommufd.engine.dispatch import Call, Handler, Respond
 from iommufd.engine.eventq import EventQueue, QueueFile, open_queue, stream_only
@@ -192,7 +192,7 @@ def messages(group: FaultGroup, cookie: int) -> bytes:
 class FaultFile(QueueFile):
     """The descriptor a FAULT_QUEUE_ALLOC returns."""
 
-    link: ClassVar[str] = "anon_inode:[iommufd-pgfault]"
+    link = "anon_inode:[iommufd-pgfault]"
 
     def __init__(self, fault: FaultQueue) -> None:
         super().__init__(fault)

@@ -80,7 +80,7 @@ class File:
     :meth:`mmap` grants must lie in it at the same offset, so that the program's own mmap can be let through.
     """
 
-    link: ClassVar[str] = "anon_inode:[iommufd]"
+    link: str = "anon_inode:[iommufd]"
     carrier: ClassVar[str] = "memory"
     mappable: ClassVar[bool] = False
     memory_fd: int = -1
