@@ -193,6 +193,7 @@ def _run(call: Call) -> int | Pending:
         with call.world.lock:
             for obj in call.new:
                 call.context.objects.publish(obj)
+            call.world.changed.notify_all()  # an unbind may wait for the vDEVICE it must take along
     if call.held:
         _release(call)
     return 0 if result is None else result

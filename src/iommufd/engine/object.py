@@ -131,7 +131,7 @@ class ObjectTable:
         """Looks up and takes ``users`` and ``wait``; ENOENT when absent, unpublished, entombed or of another type."""
         with self._world.lock:
             obj = self._objects.get(number)
-            if obj is not None and obj.state == PUBLISHED and (not types or isinstance(obj, types)):
+            if obj is not None and obj.state == PUBLISHED and obj.wait > 0 and (not types or isinstance(obj, types)):
                 obj.users += 1
                 obj.wait += 1
                 return obj
@@ -195,9 +195,13 @@ class ObjectTable:
         obj.destroy()
 
     def entomb(self, obj: Object) -> None:
-        """Removes ``obj`` but keeps its ID out of use until the context goes (core 2.6); the object is destroyed."""
+        """Removes ``obj`` but keeps its ID out of use until the context goes (core 2.6); the object is destroyed.
+
+        An object somebody else has removed meanwhile is left to him."""
         world = self._world
         with world.lock:
+            if obj.state != PUBLISHED:
+                return
             obj.state = REMOVED
             tombstone = _Tombstone(obj.context)
             tombstone.id = obj.id
