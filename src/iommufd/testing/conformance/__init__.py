@@ -24,10 +24,11 @@ CHAPTERS = (
     "options",
     "ioas_ranges",
     "ioas_map",
-    # "ioas_map_file",
+    "ioas_map_file",
     "ioas_copy",
     "ioas_unmap",
     "auto_iova",
+    "access",
 )
 
 

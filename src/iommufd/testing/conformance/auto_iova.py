@@ -101,7 +101,8 @@ def spans_of_the_allowed_list(s: Subject) -> None:
         ([(0, 0x1FFF)], 0x1000, PAGE, 0x1000),
         ([(ULMAX - 0x1FFF, ULMAX)], 0x1000, PAGE, ULMAX - 0x1FFF),
         ([(ULMAX - 0xFFF, ULMAX)], 0x1000, PAGE, None),
-        ([(0x10000, 0x10001)], 1, 1, 0x10001),
+        ([(0x10000, 0x10001)], 1, 1, None),
+        ([(0x10000, 0x10002)], 1, 1, 0x10001),
     ):
         fd, ioas = open_ioas(s)
         allow(s, fd, ioas, ranges)
