@@ -15,20 +15,26 @@ if TYPE_CHECKING:
     from iommufd.iommu.user_data import UserArray, UserData
 
 
-class MappableMemory(Protocol):
-    """Memory a driver lets a program map: whole pages of a file descriptor the driver owns."""
+class MmapRegion(Protocol):
+    """Memory of the vIOMMU that a program can map through the iommufd descriptor at ``offset``; ``length`` in bytes."""
 
-    fd: int
     offset: int
     length: int
 
+    def read(self, at: int, count: int) -> bytes: ...
+
+    def write(self, at: int, data: bytes) -> None: ...
+
 
 class DriverViommu(Protocol):
-    """The helpers a driver may call (devices.md 10.6). ``ops`` is the driver's to set, once, in ``viommu_init``."""
+    """The helpers a driver may call (devices.md 10.6).
+
+    ``ops`` is the driver's to set, once, in ``viommu_init``; ``private`` is its own state."""
 
     type: int
     iommu: Iommu
     ops: object | None
+    private: object
 
     @property
     def parent_domain(self) -> PagingDomain: ...
@@ -36,22 +42,25 @@ class DriverViommu(Protocol):
     def find_device(self, virt_id: int) -> Device | None:
         """The device whose vDEVICE here has that id."""
 
-    def vdev_id(self, device: Device) -> int | None:
-        """The id of the device's vDEVICE on this vIOMMU; None when it has none here."""
+    def vdev_id(self, device: Device) -> int:
+        """The id of the device's vDEVICE on this vIOMMU; ENOENT when it has none here."""
 
     def report_event(self, type: int, data: bytes) -> None:
         """Queues an event; EOPNOTSUPP when nobody has a queue of that type. A full queue loses it silently."""
 
-    def alloc_mmap(self, memory: MappableMemory) -> int:
-        """Makes the memory mappable through the iommufd descriptor; the offset to map at. EINVAL, ENOMEM, EBUSY."""
+    def alloc_mmap(self, length: int) -> MmapRegion:
+        """New zeroed memory that can be mapped. EINVAL unless whole pages, ENOMEM, EBUSY. The kernel takes a physical
+        address instead; here the memory a program maps and the memory a device model uses are one file."""
 
-    def destroy_mmap(self, offset: int) -> None: ...
+    def destroy_mmap(self, offset: int) -> None:
+        """Gives the region at ``offset`` back; those left go with the vIOMMU."""
 
 
 class DriverVdevice(Protocol):
     """One vDEVICE as a driver sees it."""
 
     virt_id: int
+    private: object
 
     @property
     def device(self) -> Device: ...
