@@ -176,6 +176,7 @@ class Struct:
     FIELDS: ClassVar[tuple[Field, ...]] = ()
     FORMAT: ClassVar[str] = "<"
     _ctypes: ClassVar[Any] = None
+    _ready: ClassVar[bool] = False  # its __init__, unpack and pack are generated
 
     def __init__(self, **values: Any) -> None:
         # The first construction of a class replaces this method by one with the fields spelled out.
@@ -256,6 +257,11 @@ def struct(*, since: str, size: int | None = None, c_name: str | None = None) ->
             C_NAME=c_name or cls.__name__,
             FORMAT=_format(stored, total),
             _ctypes=None,
+            # its own, so that a derived struct never uses those generated for its base
+            __init__=Struct.__init__,
+            unpack=vars(Struct)["unpack"],
+            pack=Struct.pack,
+            _ready=False,
         )
         return type(cls.__name__, cls.__bases__, namespace)
 
@@ -343,7 +349,7 @@ def _format(stored: list[Field], total: int) -> str:
 
 def _generate(cls: type[Struct]) -> None:
     """Gives ``cls`` its own ``__init__``, ``unpack`` and ``pack`` (once)."""
-    if "unpack" in vars(cls):
+    if cls._ready:
         return
     stored = [f for f in cls.FIELDS if f.union is None]
     aliases = [f for f in cls.FIELDS if f.union is not None]
@@ -395,6 +401,7 @@ def _generate(cls: type[Struct]) -> None:
     cls.__init__ = scope["__init__"]  # type: ignore[method-assign]
     cls.pack = scope["pack"]  # type: ignore[method-assign]
     cls.unpack = classmethod(scope["unpack"])  # type: ignore[method-assign,assignment]
+    cls._ready = True
 
 
 def _ctypes_type(cls: type[Struct]) -> type[ctypes.Structure]:
