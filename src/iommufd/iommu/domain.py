@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from iommufd.iommu.driver import Driver
     from iommufd.iommu.faults import FaultGroup
     from iommufd.iommu.user_data import UserArray
-    from iommufd.memory.extents import Extents
+    from iommufd.memory.frames import Extents
 
 
 class Prot(IntFlag):
@@ -120,10 +120,9 @@ class DirtySink(Protocol):
     def record(self, iova: int, length: int) -> None:
         """The entry that translates ``[iova, iova + length)`` is dirty."""
 
-    def record_bits(self, iova: int, unit: int, bits: memoryview) -> None:
-        """Many entries at once: bit n (byte n/8, lowest first) of ``bits`` is set when ``[iova + n*unit, + unit)``
-        belongs to a dirty entry. ``unit`` is a power of two that divides ``iova``. Entries reported so begin and end
-        inside the reported bits."""
+    def record_bits(self, iova: int, size: int, bits: memoryview, count: int) -> None:
+        """``count`` adjacent entries of ``size`` bytes (a power of two) at once, the first at ``iova``: entry n is
+        dirty when bit n % 8 of byte n // 8 is set. None of them sticks out of the range that was asked for."""
 
 
 @runtime_checkable

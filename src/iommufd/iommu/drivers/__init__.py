@@ -1,0 +1,1 @@
+"""IOMMU drivers, one module or package per kind of hardware."""
