@@ -14,7 +14,6 @@ from __future__ import annotations
 import errno
 import stat
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
 
 from iommufd.engine.context import Context
@@ -22,36 +21,22 @@ from iommufd.engine.dispatch import build_table
 from iommufd.engine.world import LATEST, World
 from iommufd.errors import KernelError
 from iommufd.machine import census
+from iommufd.machine.node import Node as Node
+from iommufd.machine.node import directory
 from iommufd.machine.rows import ENGINE_ROWS, RowOf
 from iommufd.memory.accounting import Mode
 
 if TYPE_CHECKING:
     from iommufd.engine.file import File
     from iommufd.engine.task import Task
+    from iommufd.machine.sysfs import Tree
 
 MISC_MAJOR = 10
 IOMMU_MINOR = 125  # the kernel takes the next dynamic minor; this is one it may take
 VFIO_MINOR = 196
 
-Opener = Callable[["Task | None", int], "File"]
-
-
-@dataclass(frozen=True, slots=True)
-class Node:
-    """What ``stat`` shows of one path of the machine: ``mode`` with the type bits, ``rdev`` as (major, minor).
-
-    Directories have ``rdev`` (0, 0) and no opener. Owner and group are root's. The kernel makes /dev/iommu 0660; here
-    it is 0666, as an administrator makes it for those who may use it, because a software machine needs no guarding.
-    """
-
-    path: str
-    mode: int
-    rdev: tuple[int, int] = (0, 0)
-    opener: Opener | None = None
-
-    @property
-    def is_directory(self) -> bool:
-        return stat.S_ISDIR(self.mode)
+Claim = Callable[[str], "Node | None"]
+"""Recognises paths that cannot be listed beforehand (those under /proc/PID)."""
 
 
 class Machine:
@@ -75,13 +60,15 @@ class Machine:
         self.world = World(kernel=release, defects=defects, noiommu=noiommu, vfio_container=vfio_container)
         self._rows = list(ENGINE_ROWS)
         self._nodes: dict[str, Node] = {}
+        self._claims: list[Claim] = []
+        self._tree: Tree | None = None
         self._contexts: dict[int, Context] = {}
         self._closers: list[Callable[[], None]] = []
         self._closed = False
         self.left: list[str] = []
         self.add_node(Node("/dev/iommu", stat.S_IFCHR | 0o666, (MISC_MAJOR, IOMMU_MINOR), self._open_iommu))
         if vfio_container:
-            self.add_node(Node("/dev/vfio", stat.S_IFDIR | 0o755))
+            self.add_node(directory("/dev/vfio", whole=True))
             self.add_node(Node("/dev/vfio/vfio", stat.S_IFCHR | 0o666, (MISC_MAJOR, VFIO_MINOR), self._open_vfio))
         self._build()
 
@@ -98,10 +85,18 @@ class Machine:
     def add_node(self, node: Node) -> None:
         """One more path; a later node of the same path replaces the earlier."""
         self._nodes[node.path] = node
+        if self._tree is not None:
+            self._tree.add(node)
+
+    def add_claim(self, claim: Claim) -> None:
+        """Paths the machine also serves, though they are in no listing; asked in order for what has no node."""
+        self._claims.append(claim)
 
     def remove_node(self, path: str) -> None:
         """The path disappears; files already open stay."""
         self._nodes.pop(path, None)
+        if self._tree is not None:
+            self._tree.remove(path)
 
     def on_close(self, closer: Callable[[], None]) -> None:
         """Registers what :meth:`close` must stop (device threads, sockets); run in reverse order."""
@@ -111,12 +106,34 @@ class Machine:
         """Every path this machine serves, with what ``stat`` says of it."""
         return dict(self._nodes)
 
+    def node(self, path: str) -> Node | None:
+        """What there is at ``path`` (absolute, resolved), claimed paths included; None when it is not ours.
+
+        Directories that only lie above a node have none themselves; :attr:`tree` knows them."""
+        found = self._nodes.get(path)
+        if found is None:
+            for claim in self._claims:
+                found = claim(path)
+                if found is not None:
+                    break
+        return found
+
+    @property
+    def tree(self) -> Tree:
+        """Every listed path as a real directory tree, made on first use and kept up to date until :meth:`close`."""
+        if self._tree is None:
+            from iommufd.machine.sysfs import Tree  # most runs never list anything
+
+            self._tree = Tree(self._nodes.values())
+            self.on_close(self._tree.close)
+        return self._tree
+
     def open(self, path: str, task: Task | None, flags: int) -> File | None:
         """Opens ``path`` (absolute, resolved) with the flags of open(2); None when the path is not one of ours.
 
         KernelError ENOTDIR for O_DIRECTORY on a device; directories are not ours to open (the caller lists
         :meth:`paths`)."""
-        node = self._nodes.get(path)
+        node = self.node(path)
         if node is None or node.opener is None or self._closed:
             return None
         if flags & _O_DIRECTORY:
