@@ -19,7 +19,6 @@ from enum import IntEnum
 from typing import TYPE_CHECKING
 
 from iommufd.errors import KernelError
-from iommufd.iommu.domain import Kind
 from iommufd.iommu.driver import RespondsToPages
 
 if TYPE_CHECKING:
@@ -177,7 +176,7 @@ def find_handle(device: Device, request: PageRequest) -> AttachHandle | None:
         if handle is not None:
             return handle
         handle = group.handle(RID)  # row 2
-        if handle is None or not driver.user_pasid_table or handle.domain.kind is not Kind.NESTED:
+        if handle is None or not driver.user_pasid_table or not handle.domain.nested:
             return None
         return handle
     return group.handle(RID)  # row 3
