@@ -29,6 +29,10 @@ CHAPTERS = (
     "ioas_unmap",
     "auto_iova",
     "access",
+    "devices",
+    "dirty",
+    "faults",
+    "vfio_compat",
 )
 
 
