@@ -9,6 +9,15 @@ from __future__ import annotations
 import errno as _errno
 
 
+# Python prefers the other name of two; these are the ones manuals and strace use.
+_NAMES = {_errno.EOPNOTSUPP: "EOPNOTSUPP", _errno.EDEADLK: "EDEADLK", _errno.EAGAIN: "EAGAIN"}
+
+
+def errno_name(number: int) -> str:
+    """``"EEXIST"`` for 17, as C spells it; the number itself when it has no name."""
+    return _NAMES.get(number) or _errno.errorcode.get(number, str(number))
+
+
 class KernelError(Exception):
     """An ioctl (or other call on one of our files) that fails with ``errno`` because ``why``.
 
@@ -23,4 +32,4 @@ class KernelError(Exception):
         self.why = why
 
     def __str__(self) -> str:
-        return f"{_errno.errorcode.get(self.errno, self.errno)}: {self.why}"
+        return f"{errno_name(self.errno)}: {self.why}"
