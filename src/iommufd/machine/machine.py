@@ -60,6 +60,7 @@ class Machine:
         self.world = World(kernel=release, defects=defects, noiommu=noiommu, vfio_container=vfio_container)
         self._rows = list(ENGINE_ROWS)
         self._nodes: dict[str, Node] = {}
+        self.generation = 0  # changes with the set of paths
         self._claims: list[Claim] = []
         self._tree: Tree | None = None
         self._contexts: dict[int, Context] = {}
@@ -85,6 +86,7 @@ class Machine:
     def add_node(self, node: Node) -> None:
         """One more path; a later node of the same path replaces the earlier."""
         self._nodes[node.path] = node
+        self.generation += 1
         if self._tree is not None:
             self._tree.add(node)
 
@@ -95,6 +97,7 @@ class Machine:
     def remove_node(self, path: str) -> None:
         """The path disappears; files already open stay."""
         self._nodes.pop(path, None)
+        self.generation += 1
         if self._tree is not None:
             self._tree.remove(path)
 
