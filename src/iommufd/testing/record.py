@@ -40,6 +40,22 @@ def dump(check: Check, transcript: list[list[Any]]) -> str:
     return f'{{"check": {json.dumps(check.name)}, "rows": {json.dumps(list(check.rows))}, "steps": [\n{steps}\n]}}\n'
 
 
+def load(path: Path) -> list[list[Any]]:
+    """The steps of a transcript's file."""
+    steps: list[list[Any]] = json.loads(path.read_text())["steps"]
+    return steps
+
+
+def difference(recorded: list[list[Any]], played: list[list[Any]]) -> str | None:
+    """The first step in which two transcripts differ, as text; None when they are the same."""
+    for number, (was, now) in enumerate(zip(recorded, played, strict=False)):
+        if was != json.loads(json.dumps(now)):
+            return f"step {number}:\n  recorded {json.dumps(was)}\n  now      {json.dumps(now)}"
+    if len(recorded) != len(played):
+        return f"{len(recorded)} steps were recorded, {len(played)} were played now"
+    return None
+
+
 def record(subject: Callable[[], Subject], out: Path | None, only: list[str], have: frozenset[str]) -> int:
     """Plays every check that ``have`` allows; writes transcripts; the number that failed."""
     failed = 0

@@ -11,13 +11,13 @@ Where a field of a struct holds a descriptor is data: :data:`FD_FIELDS`.
 from __future__ import annotations
 
 import ctypes
-import errno
 import mmap
 import os
 import select
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from iommufd.errors import errno_name
 from iommufd.uapi import iommufd_test as t
 from iommufd.uapi.commands import COMMANDS
 from iommufd.uapi.declare import Struct
@@ -60,11 +60,6 @@ _RETURNS_FD = {(0x3BA0, 22), (0x3B6A, None)}  # DMABUF_GET, VFIO_GROUP_GET_DEVIC
 
 class Mismatch(AssertionError):
     """The subject answered otherwise than the check expects."""
-
-
-def name_of(number: int) -> str:
-    """``EINVAL`` for 22, ``0`` for 0."""
-    return errno.errorcode.get(number, str(number))
 
 
 class Answer:
@@ -144,8 +139,8 @@ class Subject:
         try:
             fd = self.backend.open(path, flags)
         except OSError as error:
-            self._note(["open", path, flags], name_of(error.errno or 0))
-            raise Mismatch(f"open({path!r}) failed with {name_of(error.errno or 0)}") from error
+            self._note(["open", path, flags], errno_name(error.errno or 0))
+            raise Mismatch(f"open({path!r}) failed with {errno_name(error.errno or 0)}") from error
         self._note(["open", path, flags], self._label(fd))
         return fd
 
@@ -157,8 +152,8 @@ class Subject:
             self._label(fd)
         except OSError as error:
             got = error.errno or 0
-        self._note(["open", path, flags], name_of(got))
-        self.expect(name_of(got) == name_of(expected), f"open({path!r}): {name_of(got)}, expected {name_of(expected)}")
+        self._note(["open", path, flags], errno_name(got))
+        self.expect(errno_name(got) == errno_name(expected), f"open({path!r}): {errno_name(got)}, expected {errno_name(expected)}")
 
     def memfd(self, size: int, *, flags: int = 0) -> int:
         """A memfd of ``size`` bytes (a file of the host, not of the machine)."""
@@ -267,7 +262,7 @@ class Subject:
         for offset in handed:
             if offset + 4 <= len(out):
                 self._label(int.from_bytes(out[offset : offset + 4], "little"))
-        shown: int | str = result if result >= 0 else name_of(number)
+        shown: int | str = result if result >= 0 else errno_name(number)
         if result > 0 and key in _RETURNS_FD:
             shown = self._label(result)
         self._note(
@@ -283,14 +278,14 @@ class Subject:
     def do(self, fd: int, struct: S) -> S:
         """One ioctl that must succeed; the struct as it came back."""
         answer = self.ask(fd, struct)
-        self.expect(answer.result >= 0, f"{struct!r} failed with {name_of(answer.errno)}")
+        self.expect(answer.result >= 0, f"{struct!r} failed with {errno_name(answer.errno)}")
         return type(struct).unpack(answer.out)
 
     def refuses(self, expected: int, fd: int, struct: S) -> S:
         """One ioctl that must fail with ``expected``; the struct as it is afterwards."""
         answer = self.ask(fd, struct)
-        got = name_of(answer.errno) if answer.result < 0 else f"success ({answer.result})"
-        self.expect(answer.errno == expected, f"{struct!r}: {got}, expected {name_of(expected)}")
+        got = errno_name(answer.errno) if answer.result < 0 else f"success ({answer.result})"
+        self.expect(answer.errno == expected, f"{struct!r}: {got}, expected {errno_name(expected)}")
         return type(struct).unpack(answer.out)
 
     # --- reading, writing, polling
@@ -301,7 +296,7 @@ class Subject:
             answer = Answer(len(data), 0, data)
         except OSError as error:
             answer = Answer(-1, error.errno or 0)
-        shown = answer.out.hex() if answer.result >= 0 else name_of(answer.errno)
+        shown = answer.out.hex() if answer.result >= 0 else errno_name(answer.errno)
         self._note(["read", self._labels[fd], count], shown)
         return answer
 
@@ -310,7 +305,7 @@ class Subject:
             answer = Answer(self.backend.write(fd, data), 0)
         except OSError as error:
             answer = Answer(-1, error.errno or 0)
-        shown = answer.result if answer.result >= 0 else name_of(answer.errno)
+        shown = answer.result if answer.result >= 0 else errno_name(answer.errno)
         self._note(["write", self._labels[fd], data.hex()], shown)
         return answer
 
@@ -327,7 +322,7 @@ class Subject:
         try:
             view = self.backend.mmap(fd, length, prot, flags, offset)
         except OSError as error:
-            self._note(step, name_of(error.errno or 0))
+            self._note(step, errno_name(error.errno or 0))
             return None
         self._note(step, 0)
         self._views.append(view)
