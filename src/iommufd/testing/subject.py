@@ -62,6 +62,15 @@ class Mismatch(AssertionError):
     """The subject answered otherwise than the check expects."""
 
 
+def shown(data: bytes) -> str:
+    """Bytes for a transcript: hexadecimal, with a long tail of one repeated byte as ``(byte)*count``."""
+    if len(data) >= 64:
+        head = data.rstrip(data[-1:])
+        if len(data) - len(head) >= 32:
+            return f"{head.hex()}({data[-1]:02x})*{len(data) - len(head)}"
+    return data.hex()
+
+
 class Answer:
     """What one call said: ``result`` (0 or more), or -1 and ``errno``; ``out`` is the struct afterwards."""
 
@@ -219,14 +228,14 @@ class Subject:
     def poke(self, addr: int, data: bytes) -> None:
         """Writes memory directly, as the program itself would."""
         if len(data) <= 65536:
-            self._note(["poke", addr, data.hex()], 0)
+            self._note(["poke", addr, shown(data)], 0)
         ctypes.memmove(addr, data, len(data))
 
     def peek(self, addr: int, count: int) -> bytes:
         """Reads memory directly."""
         data = ctypes.string_at(addr, count)
         if count <= 65536:
-            self._note(["peek", addr, count], data.hex())
+            self._note(["peek", addr, count], shown(data))
         return data
 
     # --- ioctls
@@ -240,7 +249,7 @@ class Subject:
                 if label is not None:
                     out[offset : offset + 4] = bytes(4)
                     names.append([offset, label])
-        return [out.hex(), names]
+        return [shown(bytes(out)), names]
 
     def ioctl(self, fd: int, cmd: int, data: bytes = b"", *, at: int | None = None, poke: bool = True) -> Answer:
         """One ioctl whose argument is memory: ``data`` is put at ``at`` (a page of the harness), and read back after.
@@ -262,12 +271,12 @@ class Subject:
         for offset in handed:
             if offset + 4 <= len(out):
                 self._label(int.from_bytes(out[offset : offset + 4], "little"))
-        shown: int | str = result if result >= 0 else errno_name(number)
+        said: int | str = result if result >= 0 else errno_name(number)
         if result > 0 and key in _RETURNS_FD:
-            shown = self._label(result)
+            said = self._label(result)
         self._note(
             ["ioctl", self._labels.get(fd, "?"), f"{cmd:#x}", where, *self._with_labels(data, _GIVEN.get(key, ()))],
-            [shown, *self._with_labels(out, (*_GIVEN.get(key, ()), *handed))],
+            [said, *self._with_labels(out, (*_GIVEN.get(key, ()), *handed))],
         )
         return Answer(result, number, out)
 
@@ -296,8 +305,8 @@ class Subject:
             answer = Answer(len(data), 0, data)
         except OSError as error:
             answer = Answer(-1, error.errno or 0)
-        shown = answer.out.hex() if answer.result >= 0 else errno_name(answer.errno)
-        self._note(["read", self._labels[fd], count], shown)
+        said = shown(answer.out) if answer.result >= 0 else errno_name(answer.errno)
+        self._note(["read", self._labels[fd], count], said)
         return answer
 
     def write(self, fd: int, data: bytes) -> Answer:
@@ -305,8 +314,8 @@ class Subject:
             answer = Answer(self.backend.write(fd, data), 0)
         except OSError as error:
             answer = Answer(-1, error.errno or 0)
-        shown = answer.result if answer.result >= 0 else errno_name(answer.errno)
-        self._note(["write", self._labels[fd], data.hex()], shown)
+        said = answer.result if answer.result >= 0 else errno_name(answer.errno)
+        self._note(["write", self._labels[fd], data.hex()], said)
         return answer
 
     def poll(self, fd: int) -> int:
