@@ -1,8 +1,9 @@
 """Backend: the eight calls that are all the client needs of an operating system.
 
-Nothing else distinguishes the real ``/dev/iommu`` from the software one. Descriptors are ordinary numbers of the calling
-process in both, so ``os.fstat``, ``select`` and passing them inside structs work alike. Errors are ``OSError`` with the
-kernel's errno; the software backend raises :class:`~iommufd.client.errors.IommufdError` s whose ``why`` says more.
+Nothing else distinguishes the real ``/dev/iommu`` from the software one. Descriptors are ordinary numbers of the
+calling process in both, so ``os.fstat``, ``select`` and passing them inside structs work alike. Errors are ``OSError``
+with the kernel's errno; the software backend raises :class:`~iommufd.client.errors.IommufdError` s whose ``why`` says
+more.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Plays the conformance checks on the machine it runs on and writes down the transcripts.
 
-``python -m iommufd.testing.record --out DIR`` inside the oracle VM records what the kernel says; under ``iommufd run`` the
-same command records what the software says through the front door. One JSON file a check; a summary at the end.
+``python -m iommufd.testing.record --out DIR`` inside the oracle VM records what the kernel says; under ``iommufd run``
+the same command records what the software says through the front door. One JSON file a check; a summary at the end.
 """
 
 from __future__ import annotations

@@ -162,7 +162,10 @@ class Subject:
         except OSError as error:
             got = error.errno or 0
         self._note(["open", path, flags], errno_name(got))
-        self.expect(errno_name(got) == errno_name(expected), f"open({path!r}): {errno_name(got)}, expected {errno_name(expected)}")
+        self.expect(
+            errno_name(got) == errno_name(expected),
+            f"open({path!r}): {errno_name(got)}, expected {errno_name(expected)}",
+        )
 
     def memfd(self, size: int, *, flags: int = 0) -> int:
         """A memfd of ``size`` bytes (a file of the host, not of the machine)."""
@@ -214,7 +217,9 @@ class Subject:
         self._note(["munmap", addr, length], 0)
         self._unmap(addr, length)
 
-    def mmap(self, addr: int, length: int, prot: int = 3, *, fd: int = -1, offset: int = 0, shared: bool = False) -> None:
+    def mmap(
+        self, addr: int, length: int, prot: int = 3, *, fd: int = -1, offset: int = 0, shared: bool = False
+    ) -> None:
         """Puts fresh anonymous memory, or ``fd``, at ``addr`` in the arena, in place of what was there."""
         self._note(["mmap", addr, length, prot, self._labels.get(fd), offset, shared], 0)
         self._unmap(addr, length)

@@ -2,9 +2,9 @@
 
 Invariants:
 
-* The struct of an ioctl travels as a buffer, not as memory: it appears at :data:`STRUCT`, an address no user space has, for
-  the length of one call. Everything else is real memory of this process, copied by ``process_vm_readv/writev`` on
-  ourselves, so that a wrong address is EFAULT and never a crash.
+* The struct of an ioctl travels as a buffer, not as memory: it appears at :data:`STRUCT`, an address no user space
+  has, for the length of one call. Everything else is real memory of this process, copied by
+  ``process_vm_readv/writev`` on ourselves, so that a wrong address is EFAULT and never a crash.
 * One :class:`OwnProcess` a machine: the address space, the user and the limits all tasks of this process share. After a
   fork the child's is another process; :meth:`OwnProcess.check` refuses to go on with the parent's.
 """
@@ -53,7 +53,8 @@ class OwnProcess:
         """RuntimeError in a forked child: the machine's state is the parent's, and the child has only a copy of it."""
         if os.getpid() != self.pid:
             raise RuntimeError(
-                f"this software machine belongs to process {self.pid}; a forked child (process {os.getpid()}) must open its own"
+                f"this software machine belongs to process {self.pid}; a forked child (process {os.getpid()}) "
+                "must open its own"
             )
 
 

@@ -1,13 +1,14 @@
 """The software backend: an in-process machine behind the eight calls.
 
 Descriptors are real ones of this process. A file that is always ready is represented by a memfd, a queue by a pipe that
-holds one byte while the queue is readable, so ``select``, ``os.fstat`` and passing numbers inside structs work as with a
-kernel. ``os.dup`` of one is recognised (by inode); the file is released when the backend's :meth:`~SoftwareBackend.close` has
-closed every number the backend itself handed out.
+holds one byte while the queue is readable, so ``select``, ``os.fstat`` and passing numbers inside structs work as with
+a kernel. ``os.dup`` of one is recognised (by inode); the file is released when the backend's
+:meth:`~SoftwareBackend.close` has closed every number the backend itself handed out.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import mmap as _mmap
 import os
@@ -128,10 +129,8 @@ class Descriptors:
 def _signal(pipe: int, lock: threading.Lock, readable: bool) -> None:
     """Puts one byte into the queue's pipe, or takes it out."""
     with lock:
-        try:
+        with contextlib.suppress(BlockingIOError):
             os.read(pipe, 16)
-        except BlockingIOError:
-            pass
         if readable:
             os.write(pipe, b"!")
 

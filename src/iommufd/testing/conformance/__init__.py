@@ -1,8 +1,9 @@
 """The conformance checks: what a /dev/iommu must do, row by row, for any backend.
 
-A check is a function of one :class:`~iommufd.testing.subject.Subject`, registered with the specification rows it covers. It
-states the kernel's behaviour; the recorded transcript of the same check on a real kernel is the proof. Checks use only
-what the subject offers, so they run unchanged on a kernel, on the software machine in process, and under ``iommufd run``.
+A check is a function of one :class:`~iommufd.testing.subject.Subject`, registered with the specification rows it
+covers. It states the kernel's behaviour; the recorded transcript of the same check on a real kernel is the proof.
+Checks use only what the subject offers, so they run unchanged on a kernel, on the software machine in process, and
+under ``iommufd run``.
 """
 
 from __future__ import annotations
@@ -38,7 +39,8 @@ CHAPTERS = (
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One check: its name (``chapter.function``), the rows it covers (``core 4.9 row 3``), what it needs of the subject."""
+    """One check: its name (``chapter.function``), the rows it covers (``core 4.9 row 3``), what it needs of the
+    subject."""
 
     name: str
     rows: tuple[str, ...]

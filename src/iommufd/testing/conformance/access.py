@@ -72,7 +72,14 @@ def access_pages_refuses(s: Subject) -> None:
     s.refuses(EOVERFLOW, fd, t.test_access_pages(id=access, iova=ULMAX, length=2))
 
 
-@check("mock 6.2 row 8", "mock 6.2 row 9", "mock 6.2 row 11", "core 5.6 pin row 2", "core 5.6 pin row 3", "core 5.6 pin row 7")
+@check(
+    "mock 6.2 row 8",
+    "mock 6.2 row 9",
+    "mock 6.2 row 11",
+    "core 5.6 pin row 2",
+    "core 5.6 pin row 3",
+    "core 5.6 pin row 7",
+)
 def access_pages_and_the_areas(s: Subject) -> None:
     fd, ioas = open_ioas(s)
     map_fixed(s, fd, ioas, s.page(0), 2 * PAGE, 0x10000)

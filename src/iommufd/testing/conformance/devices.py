@@ -15,7 +15,9 @@ NEST, DIRTY, FAULT, PASID = 1, 2, 4, 8
 SELFTEST = t.IOMMU_HWPT_DATA_SELFTEST
 
 
-def hwpt_alloc(s: Subject, fd: int, device: int, pt: int, flags: int = 0, data: bytes = b"", kind: int | None = None) -> int:
+def hwpt_alloc(
+    s: Subject, fd: int, device: int, pt: int, flags: int = 0, data: bytes = b"", kind: int | None = None
+) -> int:
     return s.do(fd, hwpt_request(s, device, pt, flags, data, kind)).out_hwpt_id
 
 
@@ -40,7 +42,14 @@ def device(s: Subject, fd: int, pt: int, flags: int) -> tuple[int, int, int]:
     return out.out_stdev_id, out.out_hwpt_id, out.out_idev_id
 
 
-@check("devices 3.1 row 1", "devices 3.1 row 2", "devices 3.1 row 4", "mock 3 attach row 1", "mock 3 attach row 2", "mock 4.1 row 4")
+@check(
+    "devices 3.1 row 1",
+    "devices 3.1 row 2",
+    "devices 3.1 row 4",
+    "mock 3 attach row 1",
+    "mock 3 attach row 2",
+    "mock 4.1 row 4",
+)
 def attach_wants_an_ioas_or_a_hwpt(s: Subject) -> None:
     fd, ioas = open_ioas(s)
     s.refuses(ENOENT, fd, t.test_mock_domain(id=99))
@@ -115,7 +124,14 @@ def hwpt_alloc_refuses(s: Subject) -> None:
         s.refuses(EINVAL, fd, u.iommu_hwpt_alloc(dev_id=dev, pt_id=bad))
 
 
-@check("devices 4.3 row 3", "devices 4.3 row 4", "devices 4.3 row 5", "devices 4.6", "mock 2.3 paging row 1", "mock 2.3 paging row 2")
+@check(
+    "devices 4.3 row 3",
+    "devices 4.3 row 4",
+    "devices 4.3 row 5",
+    "devices 4.6",
+    "mock 2.3 paging row 1",
+    "mock 2.3 paging row 2",
+)
 def every_flag_combination(s: Subject) -> None:
     fd, ioas = open_ioas(s)
     _, _, dirty_dev = mock_domain(s, fd, ioas)
@@ -130,7 +146,9 @@ def every_flag_combination(s: Subject) -> None:
                 s.do(fd, u.iommu_destroy(id=s.do(fd, asked).out_hwpt_id))
 
 
-@check("mock 2.3 paging row 4", "mock 2.3 paging row 5", "mock 2.3 paging row 6", "mock 2.3 paging row 7", "devices 4.7")
+@check(
+    "mock 2.3 paging row 4", "mock 2.3 paging row 5", "mock 2.3 paging row 6", "mock 2.3 paging row 7", "devices 4.7"
+)
 def paging_data(s: Subject) -> None:
     fd, ioas = open_ioas(s)
     _, _, dev = mock_domain(s, fd, ioas)
@@ -146,7 +164,15 @@ def paging_data(s: Subject) -> None:
     s.expect(free_ranges(s, fd, huge) == ([(0, 0x3FFFFFFFFF)], 4096), "the huge format's aperture and page")
 
 
-@check("devices 4.4 row 1", "devices 4.4 row 2", "mock 2.3 nested row 1", "mock 2.3 nested row 2", "mock 2.3 nested row 3", "mock 2.3 nested row 4", "mock 4.8")
+@check(
+    "devices 4.4 row 1",
+    "devices 4.4 row 2",
+    "mock 2.3 nested row 1",
+    "mock 2.3 nested row 2",
+    "mock 2.3 nested row 3",
+    "mock 2.3 nested row 4",
+    "mock 4.8",
+)
 def nested_hwpts(s: Subject) -> None:
     fd, ioas = open_ioas(s)
     stdev, auto, dev = mock_domain(s, fd, ioas)
@@ -192,7 +218,9 @@ def invalidating_a_nested_hwpt(s: Subject) -> None:
         s.poke(DATA, b"".join(f.to_bytes(4, "little") + i.to_bytes(4, "little") for f, i in pairs))
         return len(pairs)
 
-    def ask(number: int, n: int, length: int = 8, at: int = DATA, which: int = kind, **more: int) -> u.iommu_hwpt_invalidate:
+    def ask(
+        number: int, n: int, length: int = 8, at: int = DATA, which: int = kind, **more: int
+    ) -> u.iommu_hwpt_invalidate:
         return u.iommu_hwpt_invalidate(
             hwpt_id=number, data_uptr=at, data_type=which, entry_len=length, entry_num=n, **more
         )
@@ -218,7 +246,15 @@ def invalidating_a_nested_hwpt(s: Subject) -> None:
         s.do(fd, iotlb(nested, i, 0))
 
 
-@check("devices 5 row 1", "devices 5 row 2", "devices 5 row 4", "devices 5 row 6", "devices 5 row 9", "devices 5 row 10", "mock 2.2")
+@check(
+    "devices 5 row 1",
+    "devices 5 row 2",
+    "devices 5 row 4",
+    "devices 5 row 6",
+    "devices 5 row 9",
+    "devices 5 row 10",
+    "mock 2.2",
+)
 def hw_info(s: Subject) -> None:
     fd, ioas = open_ioas(s)
     _, _, dev = mock_domain(s, fd, ioas)
@@ -230,7 +266,8 @@ def hw_info(s: Subject) -> None:
     for which, caps, bits in ((dev, 9, 0), (clean, 8, 0), (pasid, 9, 20)):
         out = s.do(fd, u.iommu_hw_info(dev_id=which))
         s.expect(
-            (out.data_len, out.out_data_type, out.out_capabilities, out.out_max_pasid_log2) == (8, 0xFEEDBEEF, caps, bits),
+            (out.data_len, out.out_data_type, out.out_capabilities, out.out_max_pasid_log2)
+            == (8, 0xFEEDBEEF, caps, bits),
             f"device {which}",
         )
     s.poke(DATA, b"\xff" * 64)
@@ -244,10 +281,18 @@ def hw_info(s: Subject) -> None:
     s.refuses(EOPNOTSUPP, fd, u.iommu_hw_info(flags=1, dev_id=dev, out_data_type=1))
 
 
-@check("devices 3.9", "mock 4.3", "mock 4.4", "mock 3 attach row 5", "mock 3 attach row 6", "mock 3 attach row 7", "mock 3 replace row 2")
+@check(
+    "devices 3.9",
+    "mock 4.3",
+    "mock 4.4",
+    "mock 3 attach row 5",
+    "mock 3 attach row 6",
+    "mock 3 attach row 7",
+    "mock 3 replace row 2",
+)
 def pasids(s: Subject) -> None:
     fd, ioas = open_ioas(s)
-    stdev, auto, dev = device(s, fd, ioas, t.MOCK_FLAGS_DEVICE_PASID)
+    stdev, _auto, dev = device(s, fd, ioas, t.MOCK_FLAGS_DEVICE_PASID)
     pasid_hwpt = hwpt_alloc(s, fd, dev, ioas, PASID)
     plain = hwpt_alloc(s, fd, dev, ioas)
     attach, replace, detach = t.test_pasid_attach, t.test_pasid_replace, t.test_pasid_detach

@@ -33,9 +33,7 @@ class Queue:
         ).out_hwpt_id
 
     def trigger(self, grpid: int, addr: int = 0x1001, pasid: int = 0, perm: int = 3) -> None:
-        self.s.do(
-            self.fd, t.test_trigger_iopf(dev_id=self.dev, pasid=pasid, grpid=grpid, perm=perm, addr=addr)
-        )
+        self.s.do(self.fd, t.test_trigger_iopf(dev_id=self.dev, pasid=pasid, grpid=grpid, perm=perm, addr=addr))
 
     def answer(self, cookie: int, code: int = 0) -> bytes:
         return struct.pack("<II", cookie, code)

@@ -23,7 +23,9 @@ from iommufd.uapi import iommufd as u
 from iommufd.uapi import iommufd_test as t
 
 
-def copy(dst: int, src: int, src_iova: int, length: int, dst_iova: int = 0, flags: int = RW | FIXED) -> u.iommu_ioas_copy:
+def copy(
+    dst: int, src: int, src_iova: int, length: int, dst_iova: int = 0, flags: int = RW | FIXED
+) -> u.iommu_ioas_copy:
     return u.iommu_ioas_copy(
         flags=flags, dst_ioas_id=dst, src_ioas_id=src, length=length, dst_iova=dst_iova, src_iova=src_iova
     )

@@ -49,9 +49,9 @@ def without_a_compat_ioas(s: Subject) -> None:
     for cmd, size in ((GET_INFO, 16), (MAP_DMA, 32), (UNMAP_DMA, 24)):
         answer = s.ioctl(fd, cmd, size.to_bytes(4, "little") + bytes(size - 4))
         s.expect(answer.errno == ENODEV, f"{cmd:#x} is ENODEV")
-    for extension in range(0, 12):
+    for extension in range(12):
         value(s, fd, CHECK_EXTENSION, extension)
-    for kind in range(0, 12):
+    for kind in range(12):
         value(s, fd, SET_IOMMU, kind)
     for cmd in (ENABLE, DISABLE, DIRTY_PAGES, 0x3B67, 0x3B68, 0x3B6F, 0x3B7A):
         s.expect(value(s, fd, cmd).errno == ENOTTY, f"{cmd:#x} is ENOTTY")
@@ -60,7 +60,7 @@ def without_a_compat_ioas(s: Subject) -> None:
 @check("vfio 4 row", "vfio 5 row 4", "vfio 5 row 8")
 def extensions_and_set_iommu(s: Subject) -> None:
     fd, ioas = compat(s)
-    for extension in (*range(0, 16), 2**31, 2**32 + 1):
+    for extension in (*range(16), 2**31, 2**32 + 1):
         value(s, fd, CHECK_EXTENSION, extension)
     for kind in (0, 1, 3, 1, 3, 2, 4, 8, 2**32 + 3):
         value(s, fd, SET_IOMMU, kind)
@@ -87,7 +87,7 @@ def get_info_byte_for_byte(s: Subject) -> None:
         if holes == 3:
             reserve(s, fd, ioas, 0x1000, 0x1000)
             reserve(s, fd, ioas, 0x10000, 0x1000)
-        for argsz in (*range(0, 26), *range(30, 110, 2), 149, 4096, 2**32 - 1):
+        for argsz in (*range(26), *range(30, 110, 2), 149, 4096, 2**32 - 1):
             s.ioctl(fd, GET_INFO, struct.pack("<I", argsz) + b"\xaa" * 156)
         s.do(fd, u.iommu_vfio_ioas(op=2))
         s.expect(s.ioctl(fd, GET_INFO, struct.pack("<I", 15) + bytes(60)).errno == EINVAL, "argsz first")
@@ -97,7 +97,7 @@ def get_info_byte_for_byte(s: Subject) -> None:
 def page_sizes_follow_domains(s: Subject) -> None:
     fd, ioas = compat(s)
     s.ioctl(fd, GET_INFO, struct.pack("<I", 72) + bytes(68))
-    stdev, _, dev = mock_domain(s, fd, ioas)
+    _stdev, _, dev = mock_domain(s, fd, ioas)
     answer = s.ioctl(fd, GET_INFO, struct.pack("<I", 72) + bytes(68))
     s.expect(struct.unpack_from("<IIQI", answer.out) == (72, 3, 0x1FFFFFF000, 24), "the mock's page sizes")
     s.do(fd, u.iommu_option(option_id=1, op=0, object_id=ioas, val64=0))
@@ -111,7 +111,19 @@ def page_sizes_follow_domains(s: Subject) -> None:
     s.expect(struct.unpack_from("<Q", answer.out, 8)[0] == 0x101000, "with the huge format too")
 
 
-@check("vfio 7 row 1", "vfio 7 row 2", "vfio 7 row 4", "vfio 7 row 5", "vfio 7 row 6", "vfio 7 row 7", "vfio 7 row 8", "vfio 7 row 9", "vfio 7 row 10", "vfio 7 row 11", "vfio 7 row 12")
+@check(
+    "vfio 7 row 1",
+    "vfio 7 row 2",
+    "vfio 7 row 4",
+    "vfio 7 row 5",
+    "vfio 7 row 6",
+    "vfio 7 row 7",
+    "vfio 7 row 8",
+    "vfio 7 row 9",
+    "vfio 7 row 10",
+    "vfio 7 row 11",
+    "vfio 7 row 12",
+)
 def map_dma_rows(s: Subject) -> None:
     fd, ioas = compat(s)
     s.expect(value(s, fd, MAP_DMA, 0).errno == EFAULT, "NULL")
@@ -155,7 +167,7 @@ def a_mapping_without_permissions(s: Subject) -> None:
 
 @check("vfio 8 row 1", "vfio 8 row 2", "vfio 8 row 3", "vfio 8 row 4", "vfio 8 row 5", "vfio 8 row 7", "vfio 8 row 8")
 def unmap_dma_rows(s: Subject) -> None:
-    fd, ioas = compat(s)
+    fd, _ioas = compat(s)
     s.expect(value(s, fd, UNMAP_DMA, 0).errno == EFAULT, "NULL")
     s.expect(unmap_dma(s, fd, 5, 7, argsz=23) == (EINVAL, 7), "argsz")
     for flags in (1, 4, 8, 3):
