@@ -81,3 +81,18 @@ class FlatTask:
 
 def as_task(task: FlatTask) -> Task:
     return cast("Task", task)
+
+
+class expect:
+    """The block raises KernelError with that errno."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> bool:
+        assert isinstance(error, KernelError), f"{errno.errorcode[self.number]} expected, not {error!r}"
+        assert errno.errorcode[error.errno] == errno.errorcode[self.number], error.why
+        return True

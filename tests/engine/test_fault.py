@@ -23,7 +23,7 @@ from iommufd.iommu.domain import BaseDomain, Kind
 from iommufd.iommu.driver import Capability
 from iommufd.iommu.faults import LAST_PAGE, PASID_VALID, AttachHandle, FaultGroup, PageRequest, ResponseCode
 from iommufd.uapi.iommufd import IOMMU_FAULT_QUEUE_ALLOC, iommu_fault_alloc, iommu_hwpt_pgfault
-from tests.engine.flat_task import BASE, SIZE, FlatTask, as_task
+from tests.engine.flat_task import BASE, SIZE, FlatTask, as_task, expect
 
 IDLE, READY = POLLOUT, POLLOUT | POLLIN | POLLRDNORM
 BAD = BASE + SIZE + 0x1000
@@ -102,21 +102,6 @@ class Rig:
 @pytest.fixture
 def rig() -> Rig:
     return Rig()
-
-
-class expect:
-    """The block raises KernelError with that errno."""
-
-    def __init__(self, number: int) -> None:
-        self.number = number
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> bool:
-        assert isinstance(error, KernelError), f"{errno.errorcode[self.number]} expected, not {error!r}"
-        assert errno.errorcode[error.errno] == errno.errorcode[self.number], error.why
-        return True
 
 
 # -------------------------------------------------------------------------------------------------------- 2: allocation
