@@ -19,7 +19,8 @@ class KernelBackend:
     def ioctl(self, fd: int, cmd: int, arg: bytearray | int) -> int:
         if isinstance(arg, int):
             return _raw_ioctl(fd, cmd, arg)
-        return fcntl.ioctl(fd, cmd, arg, True)
+        result: int = fcntl.ioctl(fd, cmd, arg, True)
+        return result
 
     def read(self, fd: int, count: int) -> bytes:
         return os.read(fd, count)
