@@ -14,13 +14,17 @@ from iommufd.engine.dispatch import FIRST_NR, dispatch
 from iommufd.engine.file import File, Pending
 from iommufd.engine.mmap import MmapStore, check_mapping, map_region, mapping_closed, mapping_opened
 from iommufd.engine.object import ObjectTable
+from iommufd.engine.pages import Owner
+from iommufd.engine.task import CAP_IPC_LOCK
 from iommufd.errors import KernelError
 from iommufd.memory.accounting import Mode
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from iommufd.engine.group import IGroup
     from iommufd.engine.ioas import IOAS
+    from iommufd.engine.sw_msi import MsiMap
     from iommufd.engine.task import Task
     from iommufd.engine.world import World
 
@@ -46,6 +50,10 @@ class Context(File):
         self.mode = mode
         self.store = MmapStore()
         self.on_release: list[Callable[[Context], None]] = []
+        self.groups: dict[int, IGroup] = {}  # by identity of the core group, while a device of it is bound
+        self.sw_msi_maps: list[MsiMap] = []
+        self.changing_process = False  # an IOAS_CHANGE_PROCESS runs: no IOAS is published meanwhile (core 4.4 row 4)
+        self._owner: Owner | None = None
 
     def ioctl(self, task: Task, cmd: int, arg: int) -> int | Pending:
         """core 1.3: the native table by ``nr``, everything else to the VFIO-compatible commands."""
@@ -72,6 +80,21 @@ class Context(File):
     def mapping_closed(self, offset: int) -> None:
         """A mapping of the region at ``offset`` (or one of its pieces) is gone."""
         mapping_closed(self, offset)
+
+    def owner(self, task: Task) -> Owner:
+        """Whose memory a mapping made by ``task`` is, and who pays for its pins (core 6.1)."""
+        process, space = task.process, task.space
+        mode = Mode.NONE if task.capable(CAP_IPC_LOCK) else self.account_mode
+        owner = self._owner
+        if (
+            owner is None
+            or owner.space is not space
+            or owner.process is not process
+            or owner.user is not process.user
+            or owner.mode is not mode
+        ):
+            owner = self._owner = Owner(process, process.user, space, mode)
+        return owner
 
     def release(self) -> None:
         """The last reference went: everything goes, leaves first (core 2.8)."""

@@ -42,7 +42,21 @@ class Call:
     ``new_file`` the descriptor reserved for a file it will receive. ``held`` are the lookups to drop at the end.
     """
 
-    __slots__ = ("arg", "cmd", "context", "held", "new", "new_file", "number", "raw", "row", "size", "task", "undo", "world")
+    __slots__ = (
+        "arg",
+        "cmd",
+        "context",
+        "held",
+        "new",
+        "new_file",
+        "number",
+        "raw",
+        "row",
+        "size",
+        "task",
+        "undo",
+        "world",
+    )
 
     def __init__(self, context: Context, task: Task, number: int, arg: int) -> None:
         self.context = context
@@ -107,13 +121,12 @@ Handler = Callable[[Call], "int | Pending | None"]
 class Row:
     """One command of the table. ``full`` is the struct's size as the machine's release knew it."""
 
-    __slots__ = ("command", "full", "handler", "minimum", "number", "respond", "struct", "unpack")
+    __slots__ = ("command", "full", "handler", "minimum", "number", "respond", "struct")
 
     def __init__(self, command: Command, handler: Handler, respond: Respond, release: tuple[int, int]) -> None:
         self.command = command
         self.number = command.number
         self.struct = command.struct
-        self.unpack = command.struct.unpack
         self.minimum = command.minimum
         self.full = command.struct.size_in(release)
         self.handler = handler
@@ -175,7 +188,7 @@ def _run(call: Call) -> int | Pending:
     if len(head) < want:  # row 6
         raise KernelError(errno.EFAULT, f"only {len(head)} of the struct's {want} bytes at {arg:#x} can be read")
     call.raw = head if want == full else head[:want]
-    call.cmd = row.unpack(call.raw)  # row 7: a missing tail reads as zero
+    call.cmd = row.struct.unpack(call.raw)  # row 7: a missing tail reads as zero
     for instrument in call.world.instruments:
         instrument.ioctl_enter(call)
     if call.world.fail_call is not None:
@@ -191,9 +204,11 @@ def _run(call: Call) -> int | Pending:
         task.install_fd(fd, file)
     if call.new:
         with call.world.lock:
+            while call.context.changing_process:  # core 4.4 row 4
+                call.world.wait()
             for obj in call.new:
                 call.context.objects.publish(obj)
-            call.world.changed.notify_all()  # an unbind may wait for the vDEVICE it must take along
+            call.world.wake()  # an unbind may wait for the vDEVICE it must take along
     if call.held:
         _release(call)
     return 0 if result is None else result

@@ -1,7 +1,7 @@
 """File: an open file of the software machine, whoever holds it.
 
-``/dev/iommu``, fault and event queues, mock access files, dma-bufs and VFIO devices are all Files. A File outlives every
-descriptor that names it; :meth:`File.release` runs once, when the last reference (descriptor, mapping, message in
+``/dev/iommu``, fault and event queues, mock access files, dma-bufs and VFIO devices are all Files. A File outlives
+every descriptor that names it; :meth:`File.release` runs once, when the last reference (descriptor, mapping, message in
 flight, kernel-internal reference) is gone. Descriptors are the business of whoever projects the File: the
 interposer (a carrier descriptor in the program) or the in-process backend.
 """

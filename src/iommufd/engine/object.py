@@ -2,8 +2,8 @@
 
 Invariants (core 2):
 * IDs are the lowest free number >= 1; an ID is taken when creation starts and is free again when creation fails.
-* ``users`` decides whether DESTROY is EBUSY, ``wait`` whether destruction must wait for stragglers. Both start at 1, owned
-  by the table. A lookup during an ioctl takes both; long-lived links take ``users`` only.
+* ``users`` decides whether DESTROY is EBUSY, ``wait`` whether destruction must wait for stragglers. Both start at 1,
+  owned by the table. A lookup during an ioctl takes both; long-lived links take ``users`` only.
 * Destroy never fails: whatever an object needs to go away it already has.
 * All methods that say "locked" want ``World.lock`` held; the others take it.
 """
@@ -79,8 +79,12 @@ class ObjectTable:
     def __iter__(self) -> Iterator[Object]:
         """Every published object, ascending by id, from a snapshot."""
         with self._world.lock:
-            objects = sorted(self._objects.items())
-        return iter([o for _, o in objects if o.state == PUBLISHED and not isinstance(o, _Tombstone)])
+            return iter(self.published_locked())
+
+    def published_locked(self) -> list[Object]:
+        """Every published object, ascending by id."""
+        objects = sorted(self._objects.items())
+        return [o for _, o in objects if o.state == PUBLISHED and not isinstance(o, _Tombstone)]
 
     @property
     def tombstones(self) -> int:

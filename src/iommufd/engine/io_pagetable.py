@@ -1,0 +1,474 @@
+"""The I/O page table of one IOAS: which IOVA maps what, in which domains (kernel: struct io_pagetable).
+
+Invariants (core 4, 9):
+
+* Areas are disjoint. An area without ``pages`` is in progress: a map or an unmap of another thread is at work on it. It
+  occupies its IOVA, conforms to the alignment, and is a gap for everybody who reads.
+* Live areas are in every domain of the list ("filled") unless their dma-buf was revoked. The storage domain of an area
+  is therefore always the first one of the list, and needs no field.
+* ``domains_sem`` is read-held over every fill and unfill and write-held by whoever changes the list of domains,
+  accesses or the alignment; ``iova_sem`` is read-held by accesses while they pin or copy and write-held by whoever must
+  see no area change. Maps and unmaps change areas under ``World.lock`` alone, when no writer holds either.
+* An area's entries leave the domains before its pages are let go; both before its IOVA is free again.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from iommufd.engine import auto_iova, unmap
+from iommufd.engine.area import PAGE_OFFSET, WRITE, Area, Piece, fill, gap_sentence, lose_source, release, unfill
+from iommufd.engine.failpoints import SLAB
+from iommufd.engine.locks import RWState
+from iommufd.engine.ranges import EMPTY, ULMAX, Range, Ranges
+from iommufd.errors import KernelError
+from iommufd.memory.frames import PAGE_SIZE
+from iommufd.memory.intervals import IntervalIndex
+
+if TYPE_CHECKING:
+    from iommufd.engine.access import Access
+    from iommufd.engine.source import Source
+    from iommufd.engine.task import Task
+    from iommufd.engine.world import World
+    from iommufd.iommu.domain import PagingDomain
+
+MAX_ACCESSES = 65536
+
+
+class IOPagetable:
+    """Areas, reservations, domains and accesses of one IOAS.
+
+    ``reserved`` lists (first, last, owner), ``reserved_union`` is their union; ``allowed`` is the user's list (empty:
+    no restriction); ``accesses`` maps list slots to attached accesses. Read them under ``World.lock``."""
+
+    __slots__ = (
+        "accesses",
+        "allowed",
+        "areas",
+        "domains",
+        "domains_sem",
+        "ioas_id",
+        "iova_alignment",
+        "iova_sem",
+        "large_pages_disabled",
+        "reserved",
+        "reserved_union",
+        "world",
+    )
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self.ioas_id = 0
+        self.areas: IntervalIndex[Area] = IntervalIndex()
+        self.reserved: list[tuple[int, int, object]] = []
+        self.reserved_union = EMPTY
+        self.allowed = EMPTY
+        self.domains: list[PagingDomain] = []
+        self.accesses: dict[int, Access] = {}
+        self.iova_alignment = 1
+        self.large_pages_disabled = False
+        self.domains_sem = RWState()
+        self.iova_sem = RWState()
+
+    # ------------------------------------------------------------------------------------------ who may go on, locked
+
+    def pass_placing(self) -> None:
+        """Until no writer holds or wants the table (a map's first step needs both semaphores for a moment)."""
+        while self.domains_sem.blocked or self.iova_sem.writer:
+            self.world.wait()
+
+    def pass_finishing(self) -> None:
+        """The second step of a map or unmap that read-holds ``domains_sem``."""
+        while self.iova_sem.writer:
+            self.world.wait()
+
+    def pass_removing(self) -> None:
+        """As placing, and no access may be pinning or copying either (core 9)."""
+        while True:
+            self.pass_placing()
+            if not self.iova_sem.readers:
+                return
+            self.iova_sem.pass_writer(self.world)
+            if not self.domains_sem.blocked:
+                return
+
+    @contextmanager
+    def exclusive(self) -> Iterator[None]:
+        """Nobody maps, unmaps, pins or copies meanwhile; areas in progress are finished. Call without locks."""
+        world = self.world
+        with world.lock:
+            self.domains_sem.start_write(world)
+            self.iova_sem.start_write(world)
+        try:
+            yield
+        finally:
+            with world.lock:
+                self.iova_sem.end_write(world)
+                self.domains_sem.end_write(world)
+
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """No area goes away meanwhile; new ones may appear. Call without locks."""
+        world = self.world
+        with world.lock:
+            self.iova_sem.start_read(world)
+        try:
+            yield
+        finally:
+            with world.lock:
+                self.iova_sem.end_read(world)
+
+    # ------------------------------------------------------------------------------------------------------- mapping
+
+    def map_pages(self, task: Task | None, pieces: list[Piece], length: int, iova: int | None, prot: int) -> int:
+        """The mapping core (core 4.7): one area per piece, ``length`` bytes in all, at ``iova`` or where core 4.8 says.
+
+        Returns the IOVA. ``prot`` is READ and WRITE. All or nothing. The caller holds a user of each piece's source."""
+        world = self.world
+        if world.fail is not None and world.fail(SLAB, task):  # row 1
+            raise KernelError(errno.ENOMEM, "fault injection: no memory for an area")
+        with world.lock:
+            if self.domains_sem.blocked or self.iova_sem.writer:
+                self.pass_placing()
+            alignment = self.iova_alignment
+            if length % alignment or length == 0:  # row 2
+                raise KernelError(
+                    errno.EINVAL, f"the length {length:#x} is not a multiple of the IOVA alignment {alignment:#x}"
+                )
+            if iova is None:  # row 3a
+                pages, start, _ = pieces[0]
+                iova = auto_iova.choose(
+                    pages.base + start,
+                    length,
+                    alignment,
+                    self.allowed,
+                    self.reserved_union,
+                    self.areas.holes,
+                    world.huge_page_size,
+                )
+            else:  # row 3b
+                self._check_fixed(iova, length, alignment)
+            live = not self.domains
+            areas = []
+            at = iova
+            for pages, start, size in pieces:
+                if prot & WRITE and not pages.writable:  # row 4
+                    raise KernelError(errno.EPERM, "the memory was mapped without WRITEABLE and cannot become writable")
+                if (start & PAGE_OFFSET) % alignment:  # row 5
+                    raise KernelError(
+                        errno.EINVAL,
+                        f"the memory begins {start & PAGE_OFFSET:#x} bytes into a page, not at a multiple of "
+                        f"the IOVA alignment {alignment:#x}",
+                    )
+                # row 6 cannot happen: the whole range was checked, and a pages object ends below 2^64
+                areas.append(Area(at, at + size - 1, pages if live else None, start, prot))
+                at += size
+            for area in areas:
+                self.areas.insert(area.first, area.last, area)
+            for pages, _, _ in pieces:
+                if pages.source is not None:
+                    pages.source.users += 1
+            if live:
+                return iova
+            self.domains_sem.readers += 1
+        self._fill_new(task, areas, pieces)  # rows 7-8
+        return iova
+
+    def _check_fixed(self, iova: int, length: int, alignment: int) -> None:
+        last = iova + length - 1
+        if iova % alignment:
+            raise KernelError(errno.EINVAL, f"IOVA {iova:#x} is not a multiple of the IOVA alignment {alignment:#x}")
+        if last > ULMAX:
+            raise KernelError(errno.EOVERFLOW, f"{length:#x} bytes at IOVA {iova:#x} end beyond the last address")
+        taken = self.reserved_union.overlap(iova, last)
+        if taken is not None:
+            raise KernelError(
+                errno.EINVAL, f"IOVA [{iova:#x}, {last:#x}] overlaps the reserved range [{taken[0]:#x}, {taken[1]:#x}]"
+            )
+        if self.areas.overlaps(iova, last):
+            raise KernelError(errno.EEXIST, self._overlap_sentence(iova, last))
+
+    def _overlap_sentence(self, first: int, last: int) -> str:
+        found = self.areas.first_in(first, last)
+        assert found is not None
+        state = "" if found[2].pages is not None else ", which another thread is mapping or unmapping"
+        return f"IOVA [{first:#x}, {last:#x}] overlaps the area [{found[0]:#x}, {found[1]:#x}]{state}"
+
+    def _fill_new(self, task: Task | None, areas: list[Area], pieces: list[Piece]) -> None:
+        """core 4.7 rows 7 and 8 for placeholders made by this thread, which read-holds ``domains_sem``."""
+        world = self.world
+        done = 0
+        try:
+            for area, (pages, _, _) in zip(areas, pieces, strict=True):
+                fill(world, area, pages, self.domains, task, page_by_page=self.large_pages_disabled, storage=True)
+                done += 1
+        except BaseException:
+            for area, (pages, _, _) in zip(areas[:done], pieces, strict=False):
+                unfill(world, area, pages, self.domains, storage=True)
+            dead: list[Source] = []
+            with world.lock:
+                self.pass_finishing()
+                for area, (pages, _, _) in zip(areas, pieces, strict=True):
+                    self.areas.remove(area.first)
+                    lose_source(pages, dead)
+                self.domains_sem.end_read(world)
+            release(dead)
+            raise
+        with world.lock:
+            self.pass_finishing()
+            for area, (pages, _, _) in zip(areas, pieces, strict=True):
+                area.pages = pages
+            self.domains_sem.end_read(world)
+
+    def pieces_of(self, iova: int, last: int) -> list[Piece]:
+        """What ``[iova, last]`` maps, one piece per area (core 4.11 row 7), each with one more user of its source.
+
+        ENOENT unless live areas cover it without a gap."""
+        world = self.world
+        pieces: list[Piece] = []
+        with world.lock:
+            while self.iova_sem.writer:
+                world.wait()
+            at = iova
+            while True:
+                found = self.areas.find(at)
+                area = None if found is None else found[2]
+                if area is None or area.pages is None:
+                    raise KernelError(errno.ENOENT, gap_sentence(iova, last, at, area))
+                stop = min(last, area.last)
+                pieces.append((area.pages, area.start + at - area.first, stop - at + 1))
+                if stop == last:
+                    break
+                at = stop + 1
+            for pages, _, _ in pieces:
+                if pages.source is not None:
+                    pages.source.users += 1
+        return pieces
+
+    def nth_iova(self, n: int, offset: int) -> int:
+        """mock-device 7: ``offset`` bytes into the n-th area, or 0 when there are not so many."""
+        with self.world.lock:
+            return self.areas.nth(n)[0] + offset if n < len(self.areas) else 0
+
+    def unmap_range(self, start: int, last: int) -> tuple[int, KernelError | None]:
+        """The range walk of core 4.12: the bytes removed, and why it stopped early (None: it did not)."""
+        return unmap.unmap_range(self, start, last)
+
+    def cut(self, position: int) -> None:
+        """Makes ``position`` the last byte of an area (core 4.15)."""
+        unmap.cut(self, position)
+
+    # -------------------------------------------------------------------------------- ranges, alignment, large pages
+
+    def _alignment(self) -> int:
+        """core 4.2, from scratch; locked."""
+        alignment = PAGE_SIZE if self.large_pages_disabled else 1
+        for domain in self.domains:
+            alignment = max(alignment, domain.pgsize_bitmap & -domain.pgsize_bitmap)
+        for access in self.accesses.values():
+            alignment = max(alignment, access.iova_alignment)
+        return alignment
+
+    def _check_conforming(self, alignment: int) -> None:
+        """EADDRINUSE unless every area, also in progress, has IOVA, length and memory offset multiples of
+        ``alignment``."""
+        if alignment <= self.iova_alignment:
+            return
+        for first, last, area in self.areas:
+            if (first | (last + 1) | (area.start & PAGE_OFFSET)) & (alignment - 1):
+                raise KernelError(
+                    errno.EADDRINUSE,
+                    f"the area [{first:#x}, {last:#x}], {area.start & PAGE_OFFSET:#x} bytes into a page, "
+                    f"does not conform to an IOVA alignment of {alignment:#x}",
+                )
+
+    def reserve(self, start: int, last: int, owner: object) -> None:
+        """One more reserved range of ``owner`` (core 4.3); EADDRINUSE when an area or an allowed range intersects
+        it."""
+        with self.world.lock:
+            while self.iova_sem.writer:
+                self.world.wait()
+            self._reserve(start, last, owner)
+
+    def _reserve(self, start: int, last: int, owner: object) -> None:
+        if self.areas.overlaps(start, last):
+            raise KernelError(errno.EADDRINUSE, f"reserving it: {self._overlap_sentence(start, last)}")
+        allowed = self.allowed.overlap(start, last)
+        if allowed is not None:
+            raise KernelError(
+                errno.EADDRINUSE,
+                f"[{start:#x}, {last:#x}] cannot be reserved: it overlaps the allowed range "
+                f"[{allowed[0]:#x}, {allowed[1]:#x}]",
+            )
+        self.reserved.append((start, last, owner))
+        self._sum_up_reserved()
+
+    def remove_reserved(self, owner: object) -> None:
+        """Drops the reservations of ``owner``, compared by identity."""
+        with self.world.lock:
+            while self.iova_sem.writer:
+                self.world.wait()
+            self._remove_reserved(owner)
+
+    def _remove_reserved(self, owner: object) -> None:
+        self.reserved = [entry for entry in self.reserved if entry[2] is not owner]
+        self._sum_up_reserved()
+
+    def _sum_up_reserved(self) -> None:
+        self.reserved_union = Ranges((first, last) for first, last, _ in self.reserved)
+
+    def set_allowed(self, allowed: Ranges) -> None:
+        """core 4.6 rows 7 and 8: the whole list at once, or EADDRINUSE."""
+        with self.world.lock:
+            while self.iova_sem.writer:
+                self.world.wait()
+            for first, last in allowed:
+                taken = self.reserved_union.overlap(first, last)
+                if taken is not None:
+                    raise KernelError(
+                        errno.EADDRINUSE,
+                        f"the allowed range [{first:#x}, {last:#x}] overlaps the reserved range "
+                        f"[{taken[0]:#x}, {taken[1]:#x}]",
+                    )
+            self.allowed = allowed
+
+    def usable(self) -> tuple[list[Range], int]:
+        """The holes between the reservations, and the alignment (core 4.5), of one moment."""
+        with self.world.lock:
+            while self.iova_sem.writer:
+                self.world.wait()
+            return list(self.reserved_union.gaps(0, ULMAX)), self.iova_alignment
+
+    def vfio_info(self) -> tuple[list[int], int, list[Range]]:
+        """The page sizes of every domain, the alignment, the holes between the reservations, of one moment."""
+        with self.world.lock:
+            bitmaps = [domain.pgsize_bitmap for domain in self.domains]
+            return bitmaps, self.iova_alignment, list(self.reserved_union.gaps(0, ULMAX))
+
+    def disable_large_pages(self) -> None:
+        """HUGE_PAGES=0 (core 3): EINVAL with domains and areas, EADDRINUSE when an area does not conform."""
+        with self.exclusive():
+            if self.large_pages_disabled:  # row 3
+                return
+            if self.domains and self.areas:  # row 4
+                raise KernelError(
+                    errno.EINVAL,
+                    f"{len(self.areas)} area(s) are mapped in {len(self.domains)} domain(s) with large pages already",
+                )
+            self._check_conforming(PAGE_SIZE)  # row 5
+            self.large_pages_disabled = True
+            self.iova_alignment = self._alignment()  # row 6
+
+    def enable_large_pages(self) -> None:
+        """HUGE_PAGES=1 (core 3 row 7)."""
+        with self.exclusive():
+            self.large_pages_disabled = False
+            self.iova_alignment = self._alignment()
+
+    # ------------------------------------------------------------------------------------------------------- domains
+
+    def add_domain(self, domain: PagingDomain, task: Task | None = None) -> None:
+        """Puts every area into ``domain`` and the domain into the list (core 4.3); all or nothing."""
+        with self.exclusive():
+            smallest = domain.pgsize_bitmap & -domain.pgsize_bitmap
+            alignment = max(self.iova_alignment, smallest)
+            if alignment > PAGE_SIZE:  # row 1
+                raise KernelError(
+                    errno.EINVAL, f"the domain's smallest page of {smallest:#x} bytes is larger than a page of memory"
+                )
+            self._check_conforming(alignment)
+            try:
+                with self.world.lock:
+                    if domain.aperture_start:  # row 2
+                        self._reserve(0, domain.aperture_start - 1, domain)
+                    if domain.aperture_end != ULMAX:  # row 3
+                        self._reserve(domain.aperture_end + 1, ULMAX, domain)
+                self._fill_domain(domain, task)  # row 4
+            except BaseException:
+                with self.world.lock:
+                    self._remove_reserved(domain)
+                raise
+            with self.world.lock:
+                self.iova_alignment = alignment  # row 5
+                self.domains.append(domain)
+
+    def _fill_domain(self, domain: PagingDomain, task: Task | None) -> None:
+        storage = not self.domains
+        done = 0
+        target = [domain]
+        try:
+            for area in self.areas.values():
+                assert area.pages is not None
+                fill(
+                    self.world,
+                    area,
+                    area.pages,
+                    target,
+                    task,
+                    page_by_page=self.large_pages_disabled,
+                    storage=storage,
+                )
+                done += 1
+        except BaseException:
+            for area in self.areas.values():
+                if done == 0:
+                    break
+                assert area.pages is not None
+                unfill(self.world, area, area.pages, target, storage=storage)
+                done -= 1
+            raise
+
+    def remove_domain(self, domain: PagingDomain) -> None:
+        """Takes every area out of ``domain`` and the domain out of the list (core 4.3); cannot fail."""
+        with self.exclusive():
+            domains = self.domains
+            storage = len(domains) == 1
+            target = [domain]
+            for area in self.areas.values():
+                assert area.pages is not None
+                unfill(self.world, area, area.pages, target, storage=storage)
+            with self.world.lock:
+                at = next(i for i, d in enumerate(domains) if d is domain)
+                moved = domains.pop()
+                if at < len(domains):  # core 4.1: the last entry moves into the hole
+                    domains[at] = moved
+                self._remove_reserved(domain)
+                self.iova_alignment = self._alignment()
+
+    def dirty_slices(self, iova: int, last: int) -> Iterator[Range]:
+        """The live areas from ``iova`` on, clipped to ``last``, up to the first gap (core 8.2 step 10).
+
+        Use inside :meth:`reading`."""
+        at = iova
+        while at <= last:
+            with self.world.lock:
+                found = self.areas.find(at)
+            if found is None or found[2].pages is None:
+                return
+            yield at, min(last, found[1])
+            at = found[1] + 1
+
+    # ------------------------------------------------------------------------------------------------------ accesses
+
+    def add_access(self, access: Access) -> int:
+        """Takes ``access`` into the list (devices 8.3 step 5) and returns its slot.
+
+        EBUSY when 65536 are attached, EADDRINUSE when an area does not conform to its alignment."""
+        with self.exclusive():
+            slot = next(i for i in range(len(self.accesses) + 1) if i not in self.accesses)
+            if slot >= MAX_ACCESSES:
+                raise KernelError(errno.EBUSY, f"{MAX_ACCESSES} accesses are attached already")
+            self._check_conforming(access.iova_alignment)
+            with self.world.lock:
+                self.accesses[slot] = access
+                self.iova_alignment = self._alignment()
+            return slot
+
+    def remove_access(self, slot: int) -> None:
+        """The access leaves the list; the alignment is worked out anew."""
+        with self.exclusive(), self.world.lock:
+            del self.accesses[slot]
+            self.iova_alignment = self._alignment()
