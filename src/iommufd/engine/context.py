@@ -66,19 +66,15 @@ class Context(File):
         return dispatch(self, task, cmd, arg)
 
     def mmap(self, task: Task, offset: int, length: int, prot: int, shared: bool) -> tuple[int, int]:
-        """core 1.7. The mapping is counted from here on: :meth:`mapping_closed` when it goes, or could not be made.
-
-        The descriptor returned is the context's store, in which every region lies at the offset it is mapped at."""
+        """core 1.7. In the store every region lies at the offset it is mapped at."""
         check_mapping(self.mode, offset, prot, shared)
         map_region(self, offset, length)
         return self.store.fd, offset
 
     def mapping_opened(self, offset: int) -> None:
-        """A mapping of the region at ``offset`` was copied (fork) or split: one more holds object and context."""
         mapping_opened(self, offset)
 
     def mapping_closed(self, offset: int) -> None:
-        """A mapping of the region at ``offset`` (or one of its pieces) is gone."""
         mapping_closed(self, offset)
 
     def owner(self, task: Task) -> Owner:

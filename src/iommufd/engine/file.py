@@ -124,8 +124,19 @@ class File:
         return ALWAYS_READY
 
     def mmap(self, task: Task, offset: int, length: int, prot: int, shared: bool) -> tuple[int, int]:
-        """Checks a mapping and returns ``(fd, offset)`` of the memory behind it; ``length`` is whole pages."""
+        """Checks a mapping and returns ``(fd, offset)`` of the memory behind it; ``length`` is whole pages.
+
+        A mapping holds the file. The one granted here is counted from now on: :meth:`mapping_closed` when it is gone,
+        or could not be made."""
         raise KernelError(errno.ENODEV, "this file cannot be mapped")
+
+    def mapping_opened(self, offset: int) -> None:
+        """The mapping made at ``offset`` was copied (fork) or split: there is one more."""
+        self.get()
+
+    def mapping_closed(self, offset: int) -> None:
+        """A mapping made at ``offset``, or one of its pieces, is gone."""
+        self.put()
 
     def release(self) -> None:
         """The last reference went. Never fails."""

@@ -14,6 +14,7 @@ import mmap as _mmap
 import os
 import select
 import threading
+import weakref
 from typing import TYPE_CHECKING
 
 from iommufd.client.backends.own_task import STRUCT, OwnProcess, OwnTask
@@ -209,7 +210,13 @@ class SoftwareBackend:
             memory, where = file.mmap(self.task(), offset, length, prot, bool(flags & _mmap.MAP_SHARED))
         except KernelError as error:
             raise as_os_error(error) from None
-        return memoryview(_mmap.mmap(memory, length, flags=flags, prot=prot, offset=where))
+        try:
+            mapping = _mmap.mmap(memory, length, flags=flags, prot=prot, offset=where)
+        except BaseException:
+            file.mapping_closed(offset)
+            raise
+        weakref.finalize(mapping, file.mapping_closed, offset).atexit = False
+        return memoryview(mapping)
 
     def close(self, fd: int) -> None:
         if fd not in self._files:
