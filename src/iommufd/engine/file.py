@@ -138,11 +138,5 @@ class File:
         """A mapping made at ``offset``, or one of its pieces, is gone."""
         self.put()
 
-    def mapping_opened(self, offset: int) -> None:
-        """A mapping that :meth:`mmap` granted at ``offset`` was copied (fork) or split: there is one more."""
-
-    def mapping_closed(self, offset: int) -> None:
-        """A mapping granted at ``offset``, or a piece of one, is gone."""
-
     def release(self) -> None:
         """The last reference went. Never fails."""
