@@ -55,6 +55,11 @@ class Area:
         page = self.start >> PAGE_SHIFT
         return page, ((self.start + self.last - self.first) >> PAGE_SHIFT) - page + 1
 
+    @property
+    def page_offset(self) -> int:
+        """How far into its first page the area's memory begins."""
+        return self.start & PAGE_OFFSET
+
     def __repr__(self) -> str:
         return f"the area [{self.first:#x}, {self.last:#x}]"
 
