@@ -135,7 +135,8 @@ class ProcHost:
         if va >= 1 << 64 or not count:
             return b""
         buffer = ctypes.create_string_buffer(count)
-        return buffer.raw[: self._transfer(_libc.process_vm_readv, va, buffer, count)]
+        done = self._transfer(_libc.process_vm_readv, va, buffer, count)
+        return buffer.raw[:done]  # .raw is a copy of now
 
     def write(self, va: int, data: bytes | bytearray | memoryview) -> int:
         if va >= 1 << 64 or not len(data):
