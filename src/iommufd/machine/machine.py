@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Self
 
 from iommufd.engine.context import Context
 from iommufd.engine.dispatch import build_table
+from iommufd.engine.vfio_compat import compat_ioctl
 from iommufd.engine.world import LATEST, World
 from iommufd.errors import KernelError
 from iommufd.machine import census
@@ -58,6 +59,7 @@ class Machine:
         self.name = name
         release = (kernel[0], kernel[1])
         self.world = World(kernel=release, defects=defects, noiommu=noiommu, vfio_container=vfio_container)
+        self.world.compat_ioctl = compat_ioctl
         self._rows = list(ENGINE_ROWS)
         self._nodes: dict[str, Node] = {}
         self.generation = 0  # changes with the set of paths
