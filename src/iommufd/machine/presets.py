@@ -34,18 +34,20 @@ def _default(name: str, kernel: tuple[int, ...]) -> Machine:
 
 
 def _mock(name: str, kernel: tuple[int, ...]) -> Machine:
-    from iommufd.selftest.mount import mount  # the default machine does not pay for the test hardware
-
-    machine = Machine(name, kernel=kernel)
-    mount(machine)
-    return machine
+    return _with_selftest(Machine(name, kernel=kernel))
 
 
 def _mock_7_3_4(name: str, kernel: tuple[int, ...]) -> Machine:
-    from iommufd.selftest.mount import mount
+    return _with_selftest(Machine(name, kernel=kernel, defects=DEFECTS_7_3_4, vfio_container=False))
 
-    machine = Machine(name, kernel=kernel, defects=DEFECTS_7_3_4, vfio_container=False)
-    mount(machine)
+
+def _with_selftest(machine: Machine) -> Machine:
+    """A kernel built for tests: CONFIG_IOMMUFD_TEST and fault injection."""
+    from iommufd.machine import fault_files  # the default machine does not pay for either
+    from iommufd.selftest import mount
+
+    mount.mount(machine)
+    fault_files.mount(machine)
     return machine
 
 
