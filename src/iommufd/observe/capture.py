@@ -79,7 +79,7 @@ def who(record: Record, task: Task | None) -> None:
         record.fd = getattr(task, "fd", None)
 
 
-def outcome(record: Record, result: int, error: KernelError | None) -> None:
+def outcome(record: Record, result: int | None, error: KernelError | None) -> None:
     if error is None:
         record.result = result
     else:

@@ -9,7 +9,7 @@ name      fields
 open      task, path, flags, file (None when it failed), result (the descriptor, -1), error
 read      task, file, arg (the buffer), size (bytes asked for), data (bytes delivered), result, error
 write     task, file, arg, size, data (bytes taken or offered), result, error
-mmap      task, file, offset, size, prot, result (the address), error
+mmap      task, file, offset, size, prot, result (the address, None when unknown), error
 ioctl     task, file, number, arg, raw (bytes copied in), out (bytes given back), result, error: an ioctl that did not
           go through the command table (VFIO, devices)
 close     file; task may be None: the last reference is gone

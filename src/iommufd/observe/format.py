@@ -157,6 +157,8 @@ def show_call(record: Record) -> str:
 def _show_result(record: Record) -> str:
     if record.errno:
         return f"-1 {errno_name(record.errno)} ({os.strerror(record.errno)})"
+    if record.result is None:
+        return "?"
     if record.call == "mmap":
         return hex(record.result)
     return str(record.result)

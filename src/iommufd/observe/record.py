@@ -35,7 +35,7 @@ class Record:
 
     Who: ``pid``, ``tid``; ``fd`` the descriptor when known; ``file`` the serial number of the open file and ``kind``
     what it is ("iommu", "container", "fault" and so on). ``time`` and ``us`` in seconds since the trace began and
-    microseconds. Result: ``result`` (-1 on failure), ``errno`` (0 on success), ``why``.
+    microseconds. Result: ``result`` (-1 on failure, None when nobody knows), ``errno`` (0 on success), ``why``.
 
     ioctl: ``number``, ``arg``; ``raw`` the struct's known bytes as copied in (empty when that failed), ``size`` what
     its first member said; ``memory`` what its pointers led to; ``out`` the struct as given back (empty when nothing
@@ -82,7 +82,7 @@ class Record:
         self.out = b""
         self.out_memory: tuple[Memory, ...] = ()
         self.files: tuple[NewFile, ...] = ()
-        self.result = 0
+        self.result: int | None = 0
         self.errno = 0
         self.why = ""
         self.us: float | None = None

@@ -118,7 +118,7 @@ def from_json(line: dict[str, Any]) -> Record:
     record.memory = tuple(_memory_from_json(m) for m in line.get("memory", ()))
     record.out_memory = tuple(_memory_from_json(m) for m in line.get("out_memory", ()))
     record.files = tuple(NewFile(f["fd"], f["file"], f["kind"]) for f in line.get("files", ()))
-    record.result = int(line["result"])
+    record.result = None if line["result"] is None else int(line["result"])
     record.errno = int(line.get("error", 0))
     record.why = line.get("why", "")
     record.us = line.get("us")
