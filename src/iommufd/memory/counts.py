@@ -1,8 +1,9 @@
-"""A step function over page indexes as the places where it changes: how often each page of a chunk is pinned.
+"""A step function over page indexes, kept as the places where it changes: how often each page of a chunk is pinned.
 
 Invariants: ``_at`` holds, in blocks, the ascending positions where the count differs from the page before; ``_by`` the
-differences, never zero; ``_sums`` their sum per block. The count of a page is the sum of the differences up to it. So a pin of any length is two point
-updates, sequential pins melt into one step, and what costs is the number of steps, not of pages.
+differences, never zero; ``_sums`` their sum per block. The count of a page is the sum of the differences up to it. So a
+pin of any length is two point updates, sequential pins melt into one step, and what costs is the number of steps, not
+of pages.
 """
 
 from __future__ import annotations

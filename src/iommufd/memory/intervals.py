@@ -1,268 +1,401 @@
 """Disjoint intervals in address order, and the holes between them: what the kernel keeps in an interval tree.
 
-Invariants: intervals are inclusive ``[first, last]``, never overlap, and stand in ascending order. The three parallel
-lists of a *block* hold at most ``LOAD`` intervals; ``_mins[b]`` is the first address of block ``b``. The caller's own int
-objects are kept, so an entry costs three list slots. ``_gaps[b]`` is an upper bound of the largest hole before any
-interval of block ``b`` (the hole before its first interval included): inserting only makes holes smaller, so the bound
-stays true without work; removing raises it; a search that finds it too high lowers it. Above ``_gaps`` stand two levels
-of maxima over ``FAN`` entries each, rebuilt from the first changed block on, and only when somebody looks for a hole.
+Invariants: intervals are inclusive ``[first, last]``, 0 <= first <= last < 2**64, never overlap, and stand in ascending
+order in *blocks* of at most ``LOAD``, blocks in *groups* of at most ``GROUP``. A block holds three rows: where each interval
+begins, how long the hole before it is, and its value. Where an interval ends follows from the next one and the hole
+between (``ends`` has it for the last of a block), so an entry costs 24 bytes, keys included, and the hole rows are what a
+hole search reads.
+
+``tops`` (per block), ``_tops`` (per group) and ``_peaks`` (per ``FAN`` groups) are *upper bounds* of the longest hole
+before any interval there. Inserting only makes holes shorter, so bounds stay true without work; removing raises them; a
+search that was led astray by one lowers it. So a search for a long hole does not look at short ones, and neither
+direction ever rebuilds more than one group, but for the few peaks.
 """
 
 from __future__ import annotations
 
+from array import array
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
-from itertools import accumulate
+from itertools import islice
 from typing import Generic, TypeVar
 
 V = TypeVar("V")
 
-LOAD = 96  # intervals in a block: an insert moves three lists of this length, a hole search walks one
-FAN = 32  # blocks under one maximum, and maxima under one maximum of the next level
+LOAD = 64  # intervals in a block
+GROUP = 64  # blocks in a group
+FAN = 16  # groups under one peak
 
 ADDRESS_LAST = 2**64 - 1
 
 
-class IntervalIndex(Generic[V]):
-    """Disjoint inclusive intervals of non-negative ints, each with a value; any operation O(log n) but ``nth``.
+class _Group(Generic[V]):
+    """Up to ``GROUP`` blocks; index b of every row is block b."""
 
-    Not locked: the owner serialises. An iterator must not be used after the index was changed.
-    """
-
-    __slots__ = ("_clean", "_firsts", "_gap2", "_gap3", "_gaps", "_lasts", "_mins", "_size", "_values")
+    __slots__ = ("ends", "firsts", "gaps", "mins", "tops", "values")
 
     def __init__(self) -> None:
-        self._firsts: list[list[int]] = []
-        self._lasts: list[list[int]] = []
-        self._values: list[list[V]] = []
-        self._mins: list[int] = []
+        self.mins = array("Q")  # first address of the block
+        self.ends = array("Q")  # last address of the block
+        self.tops: list[int] = []
+        self.firsts: list[array[int]] = []
+        self.gaps: list[array[int]] = []
+        self.values: list[list[V]] = []
+
+    def last_of(self, b: int, i: int) -> int:
+        """The last address of interval ``i`` of block ``b``."""
+        firsts = self.firsts[b]
+        i += 1
+        return firsts[i] - self.gaps[b][i] - 1 if i < len(firsts) else self.ends[b]
+
+    def insert_block(self, b: int, firsts: array[int], gaps: array[int], values: list[V], end: int, top: int) -> None:
+        self.mins.insert(b, firsts[0])
+        self.ends.insert(b, end)
+        self.tops.insert(b, top)
+        self.firsts.insert(b, firsts)
+        self.gaps.insert(b, gaps)
+        self.values.insert(b, values)
+
+    def delete_block(self, b: int) -> None:
+        del self.mins[b], self.ends[b], self.tops[b], self.firsts[b], self.gaps[b], self.values[b]
+
+    def split_block(self, b: int) -> None:
+        half = len(self.firsts[b]) // 2
+        firsts, gaps, values = self.firsts[b], self.gaps[b], self.values[b]
+        self.insert_block(b + 1, firsts[half:], gaps[half:], values[half:], self.ends[b], self.tops[b])
+        self.firsts[b], self.gaps[b], self.values[b] = firsts[:half], gaps[:half], values[:half]
+        self.ends[b] = firsts[half] - gaps[half] - 1
+
+    def join_block(self, b: int) -> None:
+        """Block ``b`` swallows the next one."""
+        self.firsts[b] += self.firsts[b + 1]
+        self.gaps[b] += self.gaps[b + 1]
+        self.values[b] += self.values[b + 1]
+        self.ends[b] = self.ends[b + 1]
+        self.tops[b] = max(self.tops[b], self.tops[b + 1])
+        self.delete_block(b + 1)
+
+    def cut(self, b: int) -> _Group[V]:
+        """Takes the blocks from ``b`` on away, as a new group."""
+        other: _Group[V] = _Group()
+        other.take(self, b)
+        del self.mins[b:], self.ends[b:], self.tops[b:], self.firsts[b:], self.gaps[b:], self.values[b:]
+        return other
+
+    def take(self, other: _Group[V], b: int = 0) -> None:
+        """Appends the blocks of ``other`` from ``b`` on."""
+        self.mins += other.mins[b:]
+        self.ends += other.ends[b:]
+        self.tops += other.tops[b:]
+        self.firsts += other.firsts[b:]
+        self.gaps += other.gaps[b:]
+        self.values += other.values[b:]
+
+
+class IntervalIndex(Generic[V]):
+    """Disjoint inclusive intervals of addresses, each with a value. Every operation is O(log n) but ``nth``.
+
+    Not locked: the owner serialises. An iterator must not be used any more once the index was changed.
+    """
+
+    __slots__ = ("_groups", "_heads", "_peaks", "_size", "_tops")
+
+    def __init__(self) -> None:
+        self._groups: list[_Group[V]] = []
+        self._heads = array("Q")  # first address of each group
+        self._tops: list[int] = []
+        self._peaks: list[int] | None = None  # made when needed
         self._size = 0
-        self._gaps: list[int] = []
-        self._gap2: list[int] = []
-        self._gap3: list[int] = []
-        self._clean = 0  # blocks below this one are summed up correctly in _gap2 and _gap3
 
     # ---------------------------------------------------------------------------------------------------- looking up
 
     def __len__(self) -> int:
         return self._size
 
-    def __bool__(self) -> bool:
-        return self._size > 0
-
     def __iter__(self) -> Iterator[tuple[int, int, V]]:
-        for firsts, lasts, values in zip(self._firsts, self._lasts, self._values, strict=True):
-            yield from zip(firsts, lasts, values, strict=True)
+        return self.items()
 
     def values(self) -> Iterator[V]:
         """Values in address order."""
-        for values in self._values:
-            yield from values
+        for group in self._groups:
+            for values in group.values:
+                yield from values
 
     def find(self, addr: int) -> tuple[int, int, V] | None:
         """The interval ``(first, last, value)`` that contains ``addr``, or None."""
-        b = bisect_right(self._mins, addr) - 1
-        if b < 0:
+        g = bisect_right(self._heads, addr) - 1
+        if g < 0:
             return None
-        firsts = self._firsts[b]
-        i = bisect_right(firsts, addr) - 1
-        last = self._lasts[b][i]
+        group = self._groups[g]
+        b = bisect_right(group.mins, addr) - 1
+        firsts = group.firsts[b]
+        i = bisect_right(firsts, addr)
+        last = firsts[i] - group.gaps[b][i] - 1 if i < len(firsts) else group.ends[b]
         if last < addr:
             return None
-        return firsts[i], last, self._values[b][i]
+        return firsts[i - 1], last, group.values[b][i - 1]
 
     def first_in(self, first: int, last: int) -> tuple[int, int, V] | None:
         """The lowest interval that intersects ``[first, last]``, or None."""
-        b = bisect_right(self._mins, first) - 1
-        if b >= 0:
-            firsts = self._firsts[b]
-            i = bisect_right(firsts, first) - 1
-            if self._lasts[b][i] < first:
-                i += 1
-            if i < len(firsts):
-                return (firsts[i], self._lasts[b][i], self._values[b][i]) if firsts[i] <= last else None
-        b += 1
-        if b < len(self._mins) and self._mins[b] <= last:
-            return self._firsts[b][0], self._lasts[b][0], self._values[b][0]
-        return None
+        g = bisect_right(self._heads, first) - 1
+        if g < 0:
+            return next(self.items(first, last), None)
+        group = self._groups[g]
+        b = bisect_right(group.mins, first) - 1
+        firsts = group.firsts[b]
+        i = bisect_right(firsts, first)
+        end = firsts[i] - group.gaps[b][i] - 1 if i < len(firsts) else group.ends[b]
+        if end >= first:
+            return firsts[i - 1], end, group.values[b][i - 1]
+        if i == len(firsts):
+            return next(self.items(end + 1, last), None)
+        start = firsts[i]
+        return (start, group.last_of(b, i), group.values[b][i]) if start <= last else None
 
     def overlaps(self, first: int, last: int) -> bool:
         """Whether any interval intersects ``[first, last]``."""
-        b = bisect_right(self._mins, last) - 1
-        if b < 0:
+        g = bisect_right(self._heads, last) - 1
+        if g < 0:
             return False
-        return self._lasts[b][bisect_right(self._firsts[b], last) - 1] >= first
+        group = self._groups[g]
+        b = bisect_right(group.mins, last) - 1
+        return group.last_of(b, bisect_right(group.firsts[b], last) - 1) >= first
 
     def neighbours(self, first: int, last: int) -> tuple[tuple[int, int, V] | None, tuple[int, int, V] | None]:
         """The nearest intervals wholly below ``first`` and wholly above ``last`` (None where there is none)."""
         below = above = None
-        b = bisect_right(self._mins, first) - 1
-        if b >= 0:
-            i = bisect_right(self._firsts[b], first) - 1
-            if self._lasts[b][i] >= first:
+        g, b, i = self._position(first)
+        if g >= 0:
+            group = self._groups[g]
+            if group.last_of(b, i) >= first:
                 i -= 1
-            if i < 0:
-                b, i = b - 1, -1
-            if b >= 0:
-                below = (self._firsts[b][i], self._lasts[b][i], self._values[b][i])
-        b = max(bisect_right(self._mins, last) - 1, 0)
-        if b < len(self._mins):
-            i = bisect_right(self._firsts[b], last)
-            if i == len(self._firsts[b]):
-                b, i = b + 1, 0
-            if b < len(self._mins):
-                above = (self._firsts[b][i], self._lasts[b][i], self._values[b][i])
+                if i < 0:
+                    b -= 1
+                    if b < 0:
+                        g -= 1
+                        group = self._groups[g]
+                        b = len(group.mins) - 1
+                    i = len(group.firsts[b]) - 1
+            if g >= 0:
+                below = (group.firsts[b][i], group.last_of(b, i), group.values[b][i])
+        g, b, i = self._next(*self._position(last))
+        if g < len(self._groups):
+            group = self._groups[g]
+            above = (group.firsts[b][i], group.last_of(b, i), group.values[b][i])
         return below, above
 
     def nth(self, n: int) -> tuple[int, int, V]:
         """The n-th interval in address order, from 0. IndexError when there are not so many. O(blocks)."""
         if not 0 <= n < self._size:
             raise IndexError(n)
-        ends = list(accumulate(map(len, self._firsts)))
-        b = bisect_right(ends, n)
-        i = n - (ends[b - 1] if b else 0)
-        return self._firsts[b][i], self._lasts[b][i], self._values[b][i]
+        for group in self._groups:
+            count = sum(map(len, group.firsts))
+            if n < count:
+                break
+            n -= count
+        b = 0
+        while n >= len(group.firsts[b]):
+            n -= len(group.firsts[b])
+            b += 1
+        return group.firsts[b][n], group.last_of(b, n), group.values[b][n]
 
     def items(self, first: int = 0, last: int = ADDRESS_LAST) -> Iterator[tuple[int, int, V]]:
         """The intervals that intersect ``[first, last]``, ascending."""
-        b = max(bisect_right(self._mins, first) - 1, 0)
-        if b >= len(self._mins):
-            return
-        i = max(bisect_right(self._firsts[b], first) - 1, 0)
-        if self._lasts[b][i] < first:
-            i += 1
-        while b < len(self._mins):
-            firsts, lasts, values = self._firsts[b], self._lasts[b], self._values[b]
-            for i in range(i, len(firsts)):  # noqa: B020 - starts where the previous step left off
-                if firsts[i] > last:
-                    return
-                yield firsts[i], lasts[i], values[i]
-            b, i = b + 1, 0
+        g, b, i = self._position(first)
+        if g < 0 or self._groups[g].last_of(b, i) < first:
+            g, b, i = self._next(g, b, i)
+        for g in range(g, len(self._groups)):  # noqa: B020 - starts where the search ended
+            group = self._groups[g]
+            for b in range(b, len(group.firsts)):  # noqa: B020
+                firsts, gaps, values = group.firsts[b], group.gaps[b], group.values[b]
+                end = len(firsts) - 1
+                for i in range(i, end + 1):  # noqa: B020
+                    start = firsts[i]
+                    if start > last:
+                        return
+                    yield start, firsts[i + 1] - gaps[i + 1] - 1 if i < end else group.ends[b], values[i]
+                i = 0
+            b = 0
+
+    def _position(self, addr: int) -> tuple[int, int, int]:
+        """Group, block and place of the last interval that begins at or below ``addr``; (-1, 0, 0) without one."""
+        g = bisect_right(self._heads, addr) - 1
+        if g < 0:
+            return -1, 0, 0
+        group = self._groups[g]
+        b = bisect_right(group.mins, addr) - 1
+        return g, b, bisect_right(group.firsts[b], addr) - 1
+
+    def _next(self, g: int, b: int, i: int) -> tuple[int, int, int]:
+        """The position after (g, b, i); (number of groups, 0, 0) at the end."""
+        if g < 0:
+            return 0, 0, 0
+        group = self._groups[g]
+        if i + 1 < len(group.firsts[b]):
+            return g, b, i + 1
+        if b + 1 < len(group.firsts):
+            return g, b + 1, 0
+        return g + 1, 0, 0
 
     # ------------------------------------------------------------------------------------------------------ changing
 
     def insert(self, first: int, last: int, value: V) -> None:
         """Adds ``[first, last]``. ValueError when it is empty or intersects an interval that is there."""
-        mins = self._mins
-        b = bisect_right(mins, first) - 1
-        if b < 0:
-            if last < first or (mins and mins[0] <= last):
+        heads = self._heads
+        g = bisect_right(heads, first) - 1
+        if g < 0:
+            if last < first or (heads and heads[0] <= last):
                 raise ValueError(f"[{first:#x}, {last:#x}] is empty or overlaps")
-            if not mins:
-                self._firsts.append([first])
-                self._lasts.append([last])
-                self._values.append([value])
-                mins.append(first)
-                self._gaps.append(first)
+            if not heads:
+                group = _Group()
+                group.insert_block(0, array("Q", (first,)), array("Q", (first,)), [value], last, first)
+                self._insert_group(0, group, first)
                 self._size = 1
-                self._clean = 0
                 return
-            b, i = 0, 0
-            firsts = self._firsts[0]
-            mins[0] = first
+            g, b, i, gap = 0, 0, 0, first
+            group = self._groups[0]
+            firsts, gaps = group.firsts[0], group.gaps[0]
+            gaps[0] = firsts[0] - last - 1
+            group.mins[0] = heads[0] = first
         else:
-            firsts = self._firsts[b]
+            group = self._groups[g]
+            b = bisect_right(group.mins, first) - 1
+            firsts, gaps = group.firsts[b], group.gaps[b]
             i = bisect_right(firsts, first)
-            if last < first or self._lasts[b][i - 1] >= first:
-                raise ValueError(f"[{first:#x}, {last:#x}] is empty or overlaps")
             if i < len(firsts):
-                if firsts[i] <= last:
-                    raise ValueError(f"[{first:#x}, {last:#x}] overlaps [{firsts[i]:#x}, ...]")
-            elif b + 1 < len(mins):
-                if mins[b + 1] <= last:
-                    raise ValueError(f"[{first:#x}, {last:#x}] overlaps [{mins[b + 1]:#x}, ...]")
-            hole = 0
-            if i == len(firsts):
-                # The new hole before this interval was part of the next block's, or of the endless tail.
-                hole = first - self._lasts[b][-1] - 1
-                if len(firsts) >= LOAD and b + 1 == len(mins):  # ascending fill: leave full blocks behind
-                    self._firsts.append([first])
-                    self._lasts.append([last])
-                    self._values.append([value])
-                    mins.append(first)
-                    self._gaps.append(hole)
-                    self._clean = min(self._clean, b)
+                after = firsts[i]
+                gap = first - (after - gaps[i])  # the hole ends where `after` begins: what of it lies below
+                if gap < 0 or not first <= last < after:
+                    raise ValueError(f"[{first:#x}, {last:#x}] is empty or overlaps")
+                gaps[i] = after - last - 1
+            else:
+                gap = first - group.ends[b] - 1
+                if gap < 0 or last < first or not self._shorten_after(g, b, last):
+                    raise ValueError(f"[{first:#x}, {last:#x}] is empty or overlaps")
+                if i >= LOAD and b + 1 == len(group.mins) and g + 1 == len(heads):
+                    # An ascending fill leaves full blocks and groups behind.
+                    if b + 1 == GROUP:
+                        group = _Group()
+                        self._insert_group(g + 1, group, first)
+                        g, b = g + 1, -1
+                    group.insert_block(b + 1, array("Q", (first,)), array("Q", (gap,)), [value], last, gap)
+                    self._raise(g, gap)
                     self._size += 1
                     return
-                if hole > self._gaps[b]:
-                    self._raise_gap(b, hole)
+                group.ends[b] = last
+                if gap > group.tops[b]:  # until now this hole counted in the next block, or in the endless tail
+                    group.tops[b] = gap
+                    self._raise(g, gap)
         firsts.insert(i, first)
-        self._lasts[b].insert(i, last)
-        self._values[b].insert(i, value)
+        gaps.insert(i, gap)
+        group.values[b].insert(i, value)
         self._size += 1
         if len(firsts) > LOAD:
-            self._split(b)
+            group.split_block(b)
+            if len(group.mins) > GROUP:
+                other = group.cut(GROUP // 2)
+                self._insert_group(g + 1, other, other.mins[0])
 
     def remove(self, first: int) -> V:
         """Removes the interval that begins at ``first`` and returns its value. KeyError when there is none."""
-        b = bisect_right(self._mins, first) - 1
-        if b < 0:
+        g = bisect_right(self._heads, first) - 1
+        if g < 0:
             raise KeyError(first)
-        firsts = self._firsts[b]
+        group = self._groups[g]
+        b = bisect_right(group.mins, first) - 1
+        firsts, gaps = group.firsts[b], group.gaps[b]
         i = bisect_left(firsts, first)
         if i == len(firsts) or firsts[i] != first:
             raise KeyError(first)
-        lasts = self._lasts[b]
-        del firsts[i], lasts[i]
-        value = self._values[b].pop(i)
-        self._size -= 1
-        # The hole that opens lies before the next interval, and counts where that one lives.
-        if i:
-            below = lasts[i - 1]
+        # The hole that opens ends at the next interval, and counts where that one lives.
+        below = first - gaps[i]  # where the hole before this interval begins
+        if i + 1 < len(firsts):
+            hole = gaps[i + 1] = firsts[i + 1] - below
+            if hole > group.tops[b]:
+                group.tops[b] = hole
+                self._raise(g, hole)
         else:
-            below = self._lasts[b - 1][-1] if b else -1
-            if firsts:
-                self._mins[b] = firsts[0]
-        if i < len(firsts):
-            hole = firsts[i] - below - 1
-            if hole > self._gaps[b]:
-                self._raise_gap(b, hole)
-        elif b + 1 < len(self._mins):
-            hole = self._mins[b + 1] - below - 1
-            if hole > self._gaps[b + 1]:
-                self._raise_gap(b + 1, hole)
+            self._lengthen_after(g, b, below)
+            if i:
+                group.ends[b] = below - 1
+        del firsts[i], gaps[i]
+        value = group.values[b].pop(i)
+        self._size -= 1
+        if i == 0 and firsts:
+            group.mins[b] = firsts[0]
+            if b == 0:
+                self._heads[g] = firsts[0]
         if len(firsts) < LOAD // 4:
-            self._shrink(b)
+            self._shrink(g, b)
         return value
 
     def replace(self, first: int, value: V) -> None:
         """Gives the interval that begins at ``first`` another value. KeyError when there is none."""
-        b = bisect_right(self._mins, first) - 1
-        if b >= 0:
-            i = bisect_left(self._firsts[b], first)
-            if i < len(self._firsts[b]) and self._firsts[b][i] == first:
-                self._values[b][i] = value
-                return
-        raise KeyError(first)
+        g, b, i = self._position(first)
+        if g < 0 or self._groups[g].firsts[b][i] != first:
+            raise KeyError(first)
+        self._groups[g].values[b][i] = value
 
     def clear(self) -> None:
         """Removes everything."""
         self.__init__()  # type: ignore[misc]
 
-    def _split(self, b: int) -> None:
-        half = len(self._firsts[b]) // 2
-        for column in (self._firsts, self._lasts, self._values):
-            block: list[object] = column[b]  # type: ignore[assignment]
-            column[b : b + 1] = [block[:half], block[half:]]  # type: ignore[list-item]
-        self._mins.insert(b + 1, self._firsts[b + 1][0])
-        self._gaps.insert(b + 1, self._gaps[b])
-        self._clean = min(self._clean, b)
+    def _shorten_after(self, g: int, b: int, last: int) -> bool:
+        """The hole after block ``b`` begins after ``last`` now. False, and nothing done, if that overlaps."""
+        group = self._groups[g]
+        b += 1
+        if b == len(group.mins):
+            g, b = g + 1, 0
+            if g == len(self._groups):
+                return True
+            group = self._groups[g]
+        if group.mins[b] <= last:
+            return False
+        group.gaps[b][0] = group.mins[b] - last - 1
+        return True
 
-    def _shrink(self, b: int) -> None:
-        """Drops an empty block, or joins a small one with its successor."""
-        if not self._firsts[b]:
-            into = None
-        elif b + 1 < len(self._mins) and len(self._firsts[b]) + len(self._firsts[b + 1]) <= LOAD // 2:
-            into, b = b, b + 1
+    def _lengthen_after(self, g: int, b: int, start: int) -> None:
+        """The hole after block ``b`` begins at ``start`` now."""
+        group = self._groups[g]
+        b += 1
+        if b == len(group.mins):
+            g, b = g + 1, 0
+            if g == len(self._groups):
+                return
+            group = self._groups[g]
+        hole = group.gaps[b][0] = group.mins[b] - start
+        if hole > group.tops[b]:
+            group.tops[b] = hole
+            self._raise(g, hole)
+
+    def _shrink(self, g: int, b: int) -> None:
+        """Drops block ``b`` when it is empty, joins it with its successor when both are small; the same for groups."""
+        group = self._groups[g]
+        if not group.firsts[b]:
+            group.delete_block(b)
+            if not group.mins:
+                self._delete_group(g)
+                return
+            if b == 0:
+                self._heads[g] = group.mins[0]
+        elif b + 1 < len(group.mins) and len(group.firsts[b]) + len(group.firsts[b + 1]) <= LOAD // 2:
+            group.join_block(b)
         else:
             return
-        if into is not None:
-            self._firsts[into] += self._firsts[b]
-            self._lasts[into] += self._lasts[b]
-            self._values[into] += self._values[b]
-            self._gaps[into] = max(self._gaps[into], self._gaps[b])
-        del self._firsts[b], self._lasts[b], self._values[b], self._mins[b], self._gaps[b]
-        self._clean = min(self._clean, b if into is None else into)
+        if g + 1 < len(self._groups) and len(group.mins) + len(self._groups[g + 1].mins) <= GROUP // 2:
+            group.take(self._groups[g + 1])
+            self._tops[g] = max(self._tops[g], self._tops[g + 1])
+            self._delete_group(g + 1)
+
+    def _insert_group(self, g: int, group: _Group[V], head: int) -> None:
+        self._groups.insert(g, group)
+        self._heads.insert(g, head)
+        self._tops.insert(g, max(group.tops, default=0))
+        self._peaks = None
+
+    def _delete_group(self, g: int) -> None:
+        del self._groups[g], self._heads[g], self._tops[g]
+        self._peaks = None
 
     # --------------------------------------------------------------------------------------------------------- holes
 
@@ -271,97 +404,79 @@ class IntervalIndex(Generic[V]):
 
         Holes are clipped to the window before they are measured.
         """
-        if last < first or at_least > last - first + 1:
-            return
         at_least = max(at_least, 1)
-        b = bisect_right(self._mins, first) - 1
-        cursor, i = first, 0  # the lowest address not yet known to be covered; the interval that may end the hole
-        if b < 0:
-            b = 0
-        else:
-            i = bisect_right(self._firsts[b], first)
-            cursor = max(first, self._lasts[b][i - 1] + 1)
-        while b < len(self._mins):
-            firsts, lasts = self._firsts[b], self._lasts[b]
-            whole, largest = False, 0
-            if i == 0:
-                below = self._lasts[b - 1][-1] + 1 if b else 0
-                cursor = max(first, below)
-                whole = cursor == below
-            for i in range(i, len(firsts)):  # noqa: B020 - starts inside the block the first time
-                hole = firsts[i] - cursor
-                if hole >= at_least:
-                    end = min(firsts[i] - 1, last)
-                    if end - cursor + 1 >= at_least:
-                        yield cursor, end
-                if hole > largest:
-                    largest = hole
-                cursor = lasts[i] + 1
-                if cursor > last:
-                    return
-            if whole and largest < self._gaps[b]:
-                self._lower_gap(b, largest)
-            b, i = self._next_block(b + 1, at_least), 0
-        if self._mins:
-            cursor = max(first, self._lasts[-1][-1] + 1)
-        if last - cursor + 1 >= at_least:
-            yield cursor, last
+        if at_least > last - first + 1:
+            return
+        g, b, i = self._next(*self._position(first))
+        if g < len(self._groups):
+            # The hole at the window's start is the only one that may begin below it.
+            group = self._groups[g]
+            start = group.firsts[b][i]
+            low, high = max(first, start - group.gaps[b][i]), min(start - 1, last)
+            if high - low + 1 >= at_least:
+                yield low, high
+            if start >= last:
+                return
+            i += 1
+        while g < len(self._groups):
+            group = self._groups[g]
+            if self._tops[g] >= at_least:
+                tops = group.tops
+                whole, found = b == 0, False
+                for b in range(b, len(tops)):  # noqa: B020 - starts where the window does
+                    if tops[b] >= at_least:
+                        gaps = group.gaps[b]
+                        found_here = False
+                        for gap in islice(gaps, i, None) if i else gaps:
+                            if gap >= at_least:
+                                found_here = True
+                                start = group.firsts[b][i]
+                                if start - gap > last:
+                                    return
+                                if start <= last:
+                                    yield start - gap, start - 1
+                                else:
+                                    if last - (start - gap) + 1 >= at_least:
+                                        yield start - gap, last
+                                    return
+                            i += 1
+                        if found_here:
+                            found = True
+                        else:
+                            tops[b] = max(gaps)
+                    i = 0
+                if whole and not found:
+                    self._tops[g] = max(tops)
+            g, b, i = self._next_group(g + 1, at_least), 0, 0
+        low = first
+        if self._groups:
+            low = max(first, self._groups[-1].ends[-1] + 1)
+        if last - low + 1 >= at_least:
+            yield low, last
 
-    def _next_block(self, b: int, at_least: int) -> int:
-        """The first block from ``b`` on that may have a hole of ``at_least`` before one of its intervals."""
-        gaps, count = self._gaps, len(self._gaps)
-        if b >= count:
-            return count
-        if self._clean < count:
-            self._sum_up()
-        while b % FAN:
-            if gaps[b] >= at_least:
-                return b
-            b += 1
-            if b == count:
-                return b
-        gap2, group = self._gap2, b // FAN
-        while group % FAN:
-            if gap2[group] >= at_least:
-                return self._first_of(gaps, group, at_least)
-            group += 1
-            if group == len(gap2):
-                return count
-        for above in range(group // FAN, len(self._gap3)):
-            if self._gap3[above] >= at_least:
-                return self._first_of(gaps, self._first_of(gap2, above, at_least), at_least)
+    def _next_group(self, g: int, at_least: int) -> int:
+        """The first group from ``g`` on whose bound admits a hole of ``at_least``."""
+        tops, count = self._tops, len(self._tops)
+        peaks = self._peaks
+        if peaks is None:
+            peaks = self._peaks = [max(tops[k : k + FAN]) for k in range(0, count, FAN)]
+        while g < count:
+            peak = g // FAN
+            if peaks[peak] < at_least:
+                g = (peak + 1) * FAN
+                continue
+            end = min((peak + 1) * FAN, count)
+            for k in range(g, end):
+                if tops[k] >= at_least:
+                    return k
+            if g % FAN == 0:
+                peaks[peak] = max(tops[g:end])
+            g = end
         return count
 
-    @staticmethod
-    def _first_of(level: list[int], group: int, at_least: int) -> int:
-        for position in range(group * FAN, min(group * FAN + FAN, len(level))):
-            if level[position] >= at_least:
-                return position
-        raise AssertionError("a maximum above its group")
-
-    def _sum_up(self) -> None:
-        group = self._clean // FAN
-        gaps, gap2, gap3 = self._gaps, self._gap2, self._gap3
-        gap2[group:] = [max(gaps[k : k + FAN]) for k in range(group * FAN, len(gaps), FAN)]
-        group //= FAN
-        gap3[group:] = [max(gap2[k : k + FAN]) for k in range(group * FAN, len(gap2), FAN)]
-        self._clean = len(gaps)
-
-    def _raise_gap(self, b: int, hole: int) -> None:
-        self._gaps[b] = hole
-        if b < self._clean:
-            group = b // FAN
-            if hole > self._gap2[group]:
-                self._gap2[group] = hole
-                if hole > self._gap3[group // FAN]:
-                    self._gap3[group // FAN] = hole
-
-    def _lower_gap(self, b: int, hole: int) -> None:
-        self._gaps[b] = hole
-        if self._clean < len(self._gaps):
-            self._clean = min(self._clean, b)
-        else:
-            group = b // FAN
-            self._gap2[group] = max(self._gaps[group * FAN : group * FAN + FAN])
-            group //= FAN
-            self._gap3[group] = max(self._gap2[group * FAN : group * FAN + FAN])
+    def _raise(self, g: int, hole: int) -> None:
+        """Group ``g`` has a hole of that length."""
+        if hole > self._tops[g]:
+            self._tops[g] = hole
+            if self._peaks is not None and hole > self._peaks[g // FAN]:
+                self._peaks[g // FAN] = hole
