@@ -27,6 +27,7 @@ class FlatTask:
         self.files: dict[int, File | None] = {0: None, 1: None, 2: None}
         self.cloexec: set[int] = set()
         self.files_limit = 1024
+        self.write_protected = False
 
     def read_upto(self, addr: int, count: int) -> bytes:
         at = addr - BASE
@@ -40,6 +41,8 @@ class FlatTask:
 
     def write_upto(self, addr: int, data: bytes | bytearray | memoryview) -> int:
         at = addr - BASE
+        if self.write_protected:
+            return 0
         count = min(len(data), SIZE - at) if 0 <= at < SIZE else 0
         self.memory[at : at + count] = data[:count]
         return count

@@ -124,12 +124,10 @@ def test_no_descriptor_left(rig: Rig) -> None:  # events-viommu 2-4
 def test_nothing_remains_when_the_answer_cannot_be_written(rig: Rig) -> None:  # events-viommu 2-5
     objects, references, files = len(rig.context.objects), rig.context.references, dict(rig.task.files)
 
-    def write(addr: int, data: bytes | bytearray | memoryview) -> None:
-        raise KernelError(errno.EFAULT, "read-only")
-
-    rig.task.write = write  # type: ignore[method-assign]
+    rig.task.write(BASE, iommu_fault_alloc(size=iommu_fault_alloc.SIZE).pack())
+    rig.task.write_protected = True
     with expect(errno.EFAULT):
-        rig.alloc()
+        rig.context.ioctl(as_task(rig.task), IOMMU_FAULT_QUEUE_ALLOC, BASE)
     assert len(rig.context.objects) == objects
     assert rig.context.references == references
     assert rig.task.files == files
