@@ -178,6 +178,7 @@ def _run(call: Call) -> int | Pending:
     if row is None:  # row 3
         raise KernelError(errno.ENOTTY, f"there is no command {number:#x}")
     call.row = row
+    call.raw = head if size >= full else head[:size]
     if size < row.minimum:  # row 4
         raise KernelError(errno.EINVAL, f"size {size} is less than the {row.minimum} bytes this command needs")
     if size > full:  # row 5
@@ -187,7 +188,6 @@ def _run(call: Call) -> int | Pending:
         want = size
     if len(head) < want:  # row 6
         raise KernelError(errno.EFAULT, f"only {len(head)} of the struct's {want} bytes at {arg:#x} can be read")
-    call.raw = head if want == full else head[:want]
     call.cmd = row.struct.unpack(call.raw)  # row 7: a missing tail reads as zero
     for instrument in call.world.instruments:
         instrument.ioctl_enter(call)
