@@ -80,8 +80,6 @@ class FileCalls:
         if found is None or cmd in GENERIC_IOCTLS:
             return PROCEED
         carrier, task = found
-        if carrier.flags & os.O_PATH:
-            raise _bad(trap, "was opened with O_PATH")
         if carrier.mapped:
             self._mappings.settle(carrier, trap.tid)
         return carrier.file.ioctl(task, cmd, trap.args[2])

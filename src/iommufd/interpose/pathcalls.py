@@ -20,6 +20,7 @@ from iommufd.interpose.status import Status
 from iommufd.interpose.trap import ANSWERED, PROCEED, Trap, fd_of, signed32
 
 if TYPE_CHECKING:
+    from iommufd.engine.task import Task
     from iommufd.interpose.carriers import Carrier, Carriers
     from iommufd.interpose.descriptors import Descriptors
     from iommufd.interpose.processes import Processes, Thread
@@ -41,6 +42,9 @@ class PathOnly(File):
         super().__init__()
         self.link = link
         self.mode = 0
+
+    def ioctl(self, task: Task, cmd: int, arg: int) -> int:
+        raise KernelError(errno.EBADF, "the descriptor was opened with O_PATH")
 
 
 class PathCalls:

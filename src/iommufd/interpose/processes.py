@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from iommufd.memory.space import AddressSpace
 
 AT_RANDOM = 25
+MAX_STRANGERS = 4096
 _AUXV = struct.Struct("=QQ")
 
 
@@ -75,7 +76,7 @@ class ThreadGroup:
         try:
             self.pidfd = pidfd_open(tgid)
         except OSError:
-            self.pidfd = -1
+            self.pidfd = -1  # closed by whoever watches it
 
     def need_space(self) -> AddressSpace:
         """The AddressSpace of the group's mm, made when first asked for."""
@@ -150,6 +151,7 @@ class Processes:
         self.activity = 0  # raised every half second of activity by the supervisor's clock
         self.descriptors: Descriptors | None = None
         self.on_new_group: Callable[[ThreadGroup], None] = lambda group: None
+        self._strangers: dict[int, int] = {}
         self._physical = physical
         self._make_space = make_space
 
@@ -186,13 +188,23 @@ class Processes:
         return thread
 
     def known(self, tid: int) -> Thread | None:
-        """The record of ``tid`` if there is one; makes none for a stranger, except a new thread of a recorded group."""
+        """The record of ``tid`` if its address space may matter to us, None for a stranger (who stays unrecorded).
+
+        A new thread of a recorded group and a process that shares a recorded address space are no strangers."""
         if tid in self.threads:
             return self.thread(tid)
-        if not self.groups:
+        if not self.groups or self._strangers.get(tid) == self.activity:
             return None
         if tgid_of(tid) in self.groups:
             return self.thread(tid)
+        for group in self.groups.values():
+            if group.space is not None and not group.exiting and same_vm(tid, group.tgid):
+                thread = self.thread(tid)
+                thread.group.space = group.space
+                return thread
+        if len(self._strangers) > MAX_STRANGERS:
+            self._strangers.clear()
+        self._strangers[tid] = self.activity
         return None
 
     def tgid_of(self, tid: int) -> int:
@@ -203,6 +215,12 @@ class Processes:
     def _drop_thread(self, thread: Thread) -> None:
         self.threads.pop(thread.tid, None)
         thread.group.threads.pop(thread.tid, None)
+
+    def prune(self) -> None:
+        """Drops the records of threads that have ended."""
+        for tid, thread in list(self.threads.items()):
+            if not os.access(f"/proc/{tid}", os.F_OK):
+                self._drop_thread(thread)
 
     # ---- address spaces
 
@@ -284,16 +302,13 @@ class Processes:
         group.exiting = True
         for thread in list(group.threads.values()):
             self._drop_thread(thread)
-        if group.pidfd >= 0:
-            os.close(group.pidfd)
-            group.pidfd = -1
         self._leave_space(group)
 
     # ---- descriptors
 
     def number_closed(self, fd: int) -> None:
         """Some process closes, or puts something else at, number ``fd``; tables may be shared, so all forget it."""
-        for group in self.groups.values():
+        for group in list(self.groups.values()):
             if fd in group.files:
                 group.files[fd] = None
             group.listings.pop(fd, None)
@@ -306,7 +321,7 @@ class Processes:
 
     def carrier_released(self, carrier: Carrier) -> None:
         """The carrier is gone: no number names it."""
-        for group in self.groups.values():
+        for group in list(self.groups.values()):
             for fd, cached in list(group.files.items()):
                 if cached is carrier:
                     group.files[fd] = None

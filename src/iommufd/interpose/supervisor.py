@@ -1,0 +1,416 @@
+"""The supervisor's loop: receives each trapped call, finds who answers it, sends the answer (kernel: the system call entry).
+
+Invariants:
+
+* One thread, the leader, receives at a time, because back-to-back calls are fastest on one thread. When a call keeps it for
+  more than a tick, another thread becomes the leader; the old one sends its answer and ends. So no call, however long,
+  stops another program.
+* Releases reported by then are performed before a call is looked at: what a process closed is gone before its next call.
+* Every call is answered, whatever happens here: an exception that is no KernelError is reported in one line and answered
+  EIO. (A supervisor that is gone makes every trapped call ENOSYS.)
+* An answer that is not there yet is a Pending; it is sent when it completes and dropped when its caller is killed.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import select
+import sys
+import threading
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from iommufd.engine.file import Pending
+from iommufd.errors import KernelError
+from iommufd.interpose.carriers import FIONREAD, Carriers
+from iommufd.interpose.credentials import Credentials
+from iommufd.interpose.descriptors import Descriptors
+from iommufd.interpose.filecalls import FileCalls
+from iommufd.interpose.mappings import Mappings
+from iommufd.interpose.notify import NOTIF, NOTIF_SIZE, RECV, RESP, RESP_SIZE, SEND, Gone, Listener
+from iommufd.interpose.pathcalls import PathCalls
+from iommufd.interpose.paths import Resolver
+from iommufd.interpose.processes import Processes, ThreadGroup
+from iommufd.interpose.syscalls import HOST
+from iommufd.interpose.trap import ANSWERED, PROCEED, Trap
+from iommufd.interpose.unmaps import Unmaps
+
+if TYPE_CHECKING:
+    from iommufd.interpose.trap import Answered, Proceed
+    from iommufd.machine.machine import Machine
+    from iommufd.memory.physical import Physical
+    from iommufd.memory.space import AddressSpace
+
+Handler = Callable[[Trap], "int | Pending | Proceed | Answered"]
+
+TICK_SECONDS = 0.02
+TICKS_PER_ACTIVITY = 25
+DORMANT_TICKS = 25
+PENDING_TICKS = 5
+MANY_THREADS = 512
+
+
+class Worker:
+    """A thread that receives or has received. ``call``: the notification it serves, negative when it has served it."""
+
+    __slots__ = ("call", "thread")
+
+    def __init__(self) -> None:
+        self.call = 0
+        self.thread: threading.Thread | None = None
+
+
+class Supervisor:
+    """Serves one tree of processes on one machine. ``listener`` becomes the supervisor's; ``base, top`` are the filter's."""
+
+    def __init__(
+        self,
+        machine: Machine,
+        listener: int,
+        base: int,
+        top: int,
+        *,
+        make_space: Callable[[int, Physical], AddressSpace] | None = None,
+    ) -> None:
+        self.machine = machine
+        self.listener = Listener(listener)
+        self.listener.set_sync_wake_up()
+        physical = machine.world.physical
+        self.processes = Processes(physical, make_space or new_space)
+        self.carriers = Carriers(self.processes.carrier_released)
+        self.descriptors = Descriptors(self.listener, self.carriers, physical, base, top)
+        self.processes.descriptors = self.descriptors
+        self.processes.on_new_group = self._watch_group
+        self.resolver = Resolver(machine, self.descriptors)
+        self.unmaps = Unmaps(self.processes, self.listener)
+        self._handlers = self._build_handlers()
+        self._leader = Worker()
+        self._pendings: dict[int, Pending] = {}
+        self._new_groups: list[ThreadGroup] = []
+        self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._dormant = False
+        self._done = False
+        self._clock_thread: threading.Thread | None = None
+
+    # ---- life
+
+    def start(self) -> None:
+        """Begins to answer, in threads of its own."""
+        self._clock_thread = threading.Thread(target=self._clock, name="clock", daemon=True)
+        self._clock_thread.start()
+        self._start_leader(self._leader)
+
+    def finish(self) -> None:
+        """Call it when no process of the tree is left: performs the last releases and gives everything back."""
+        self._done = True
+        self._kick()
+        leader = self._leader.thread
+        for thread in (leader, self._clock_thread):
+            if thread is not None:
+                thread.join(2.0)
+        for pending in list(self._pendings.values()):
+            pending.drop()
+        self.carriers.close()
+        for group in list(self.processes.groups.values()):
+            self.processes.group_ended(group)
+            close_pidfd(group)
+        if leader is None or not leader.is_alive():
+            self.listener.close()
+        os.close(self._wake)
+
+    def _start_leader(self, worker: Worker) -> None:
+        worker.thread = threading.Thread(target=self._serve, args=(worker,), name="leader", daemon=True)
+        worker.thread.start()
+
+    # ---- the loop
+
+    def _serve(self, worker: Worker) -> None:
+        ioctl = fcntl.ioctl
+        fd, inotify = self.listener.fd, self.carriers.inotify
+        buffer, zeroes = bytearray(NOTIF_SIZE), bytes(NOTIF_SIZE)
+        queued, nothing = bytearray(4), bytes(4)
+        response = bytearray(RESP_SIZE)
+        unpack, pack_into = NOTIF.unpack, RESP.pack_into
+        processes, unmaps = self.processes, self.unmaps
+        threads = processes.threads
+        nr_ioctl = HOST.numbers["ioctl"]
+        while True:
+            buffer[:] = zeroes
+            try:
+                ioctl(fd, RECV, buffer)
+            except OSError as error:
+                if self._stop_after(error):
+                    return
+                continue
+            number, tid, _, nr, _, _, a0, a1, a2, a3, a4, a5 = unpack(buffer)
+            worker.call = number
+            if self._dormant:
+                self._kick()
+            ioctl(inotify, FIONREAD, queued)
+            if queued != nothing:
+                self._drain()
+            if unmaps.moving:
+                unmaps.settle()
+            if nr == nr_ioctl and a1 >> 8 == 0x3B:  # the way of nearly all calls, in one piece
+                thread = threads.get(tid)
+                if thread is not None and thread.age == processes.activity:
+                    carrier = thread.files.get(a0)
+                    if carrier is not None and not carrier.mapped:
+                        task = thread.task
+                        task.notification = number
+                        try:
+                            result = carrier.file.ioctl(task, a1, a2)
+                            if result.__class__ is int:
+                                pack_into(response, 0, number, result, 0, 0)
+                                ioctl(fd, SEND, response)
+                            else:
+                                self._finish(number, result)
+                        except KernelError as error:
+                            self._send(number, -error.errno)
+                        except OSError as error:
+                            self._sent_or_failed(error, number, tid, nr)
+                        except Exception as error:
+                            self._broken(error, number, tid, nr)
+                        worker.call = -number
+                        if self._leader is not worker:
+                            return
+                        continue
+            self._handle(Trap(number, tid, nr, (a0, a1, a2, a3, a4, a5)))
+            worker.call = -number
+            if self._leader is not worker:
+                return
+
+    def _stop_after(self, error: OSError) -> bool:
+        """Whether a failed RECV is the end; a caller killed meanwhile (ENOENT) and a signal (EINTR) are not."""
+        if self._done or error.errno not in (errno.ENOENT, errno.EINTR):
+            return True
+        return error.errno == errno.ENOENT and self.listener.over()
+
+    def _handle(self, trap: Trap) -> None:
+        """Any call but the hot one: finds the handler and sends what it says."""
+        try:
+            handler = self._handlers.get(trap.nr)
+            result = PROCEED if handler is None else handler(trap)
+            if result is not ANSWERED:
+                self._finish(trap.number, result)
+        except KernelError as error:
+            self._send(trap.number, -error.errno)
+        except Gone:
+            pass
+        except ProcessLookupError:
+            self._send(trap.number, -errno.ESRCH)
+        except Exception as error:
+            self._broken(error, trap.number, trap.tid, trap.nr)
+
+    def _finish(self, number: int, result: int | Pending | Proceed | Answered) -> None:
+        try:
+            if isinstance(result, Pending):
+                self._pendings[number] = result
+                result.then(lambda pending: self._completed(number, pending))
+            elif result is PROCEED:
+                self.listener.proceed(number)
+            else:
+                assert isinstance(result, int)
+                self.listener.answer(number, result)
+        except Gone:
+            pass
+
+    def _completed(self, number: int, pending: Pending) -> None:
+        self._pendings.pop(number, None)
+        if pending.error is not None:
+            self._send(number, -pending.error.errno)
+        else:
+            self._send(number, pending.result or 0)
+
+    def _send(self, number: int, value: int) -> None:
+        try:
+            self.listener.answer(number, value)
+        except (Gone, OSError):
+            pass  # the caller was killed
+
+    def _sent_or_failed(self, error: OSError, number: int, tid: int, nr: int) -> None:
+        """An OSError in the hot path: ENOENT of SEND (the caller was killed), or a fault of ours."""
+        if error.errno != errno.ENOENT or self.listener.valid(number):
+            self._broken(error, number, tid, nr)
+
+    def _broken(self, error: Exception, number: int, tid: int, nr: int) -> None:
+        name = next((name for name, value in HOST.numbers.items() if value == nr), str(nr))
+        say(f"internal error in {name} of process {tid}, answered EIO: {type(error).__name__}: {error}")
+        if os.environ.get("IOMMUFD_DEBUG"):
+            import traceback
+
+            traceback.print_exception(error)
+        self._send(number, -errno.EIO)
+
+    def _drain(self) -> None:
+        try:
+            self.carriers.drain()
+        except Exception as error:
+            say(f"internal error while a file was released: {type(error).__name__}: {error}")
+            if os.environ.get("IOMMUFD_DEBUG"):
+                import traceback
+
+                traceback.print_exception(error)
+
+    # ---- the clock: everything that is not an answer
+
+    def _kick(self) -> None:
+        self._dormant = False
+        try:
+            os.eventfd_write(self._wake, 1)
+        except (BlockingIOError, OSError):
+            pass
+
+    def _watch_group(self, group: ThreadGroup) -> None:
+        self._new_groups.append(group)
+        self._kick()
+
+    def _clock(self) -> None:
+        poller = select.poll()
+        poller.register(self.listener.fd, 0)
+        poller.register(self._wake, select.POLLIN)
+        groups: dict[int, ThreadGroup] = {}
+        ticks, quiet, last = 0, 0, 0
+        inotify = self.carriers.inotify
+        while not self._done:
+            dormant = self._dormant
+            if dormant:
+                poller.register(inotify, select.POLLIN)
+            events = poller.poll(None if dormant else TICK_SECONDS * 1000)
+            if dormant:
+                poller.unregister(inotify)
+            for fd, event in events:
+                if fd == self._wake:
+                    try:
+                        os.eventfd_read(self._wake)
+                    except BlockingIOError:
+                        pass
+                    if dormant:
+                        self.processes.activity += 1
+                        ticks = quiet = 0
+                elif fd == inotify:
+                    self._drain()
+                elif fd in groups:
+                    poller.unregister(fd)
+                    self._group_ended(groups.pop(fd))
+                elif event & select.POLLHUP:  # nobody is left under the filter
+                    poller.unregister(fd)
+            while self._new_groups:
+                group = self._new_groups.pop()
+                if group.pidfd >= 0:
+                    groups[group.pidfd] = group
+                    poller.register(group.pidfd, select.POLLIN)
+            if self._dormant or events:
+                continue
+            ticks += 1
+            call = self._leader.call
+            if call > 0 and call == last:
+                self._hand_over()
+            quiet = quiet + 1 if abs(call) == abs(last) else 0
+            last = call
+            try:
+                self._tick(ticks)
+            except Exception as error:
+                say(f"internal error in the clock: {type(error).__name__}: {error}")
+            if quiet >= DORMANT_TICKS and call <= 0 and not self._pendings and not self.carriers.doubtful:
+                self._dormant = True
+
+    def _tick(self, ticks: int) -> None:
+        if self.carriers.doubtful:
+            self._drain()
+        if self._pendings and ticks % PENDING_TICKS == 0:
+            for number, pending in list(self._pendings.items()):
+                if not self.listener.valid(number) and self._pendings.pop(number, None) is not None:
+                    pending.drop()
+        if ticks % TICKS_PER_ACTIVITY == 0:
+            self.processes.activity += 1
+            self.resolver.refresh()
+            if len(self.processes.threads) > MANY_THREADS:
+                self.processes.prune()
+
+    def _hand_over(self) -> None:
+        worker = Worker()
+        self._leader = worker
+        self._start_leader(worker)
+
+    def _group_ended(self, group: ThreadGroup) -> None:
+        self._drain()
+        try:
+            self.processes.group_ended(group)
+        except Exception as error:
+            say(f"internal error at the end of process {group.tgid}: {type(error).__name__}: {error}")
+        close_pidfd(group)
+
+    # ---- the table
+
+    def _build_handlers(self) -> dict[int, Handler]:
+        files = FileCalls(self.processes, self.descriptors, self.resolver, Mappings())
+        paths = PathCalls(self.machine, self.processes, self.descriptors, self.carriers, self.resolver)
+        others = Credentials(self.processes, self.resolver)
+        unmaps = self.unmaps
+
+        def mmap(trap: Trap) -> int | Pending | Proceed | Answered:
+            result = files.mmap(trap)
+            return unmaps.mmap(trap) if result is PROCEED else result
+
+        table: dict[str, Handler] = {
+            "mmap": mmap,
+            "ftruncate": files.refuse(errno.EINVAL, "this file has no length"),
+            "fallocate": files.refuse(errno.ENODEV, "this file has no blocks"),
+            "fsync": files.refuse(errno.EINVAL, "this file cannot be synchronised"),
+            "fdatasync": files.refuse(errno.EINVAL, "this file cannot be synchronised"),
+            "readahead": files.refuse(errno.EINVAL, "this file cannot be read ahead"),
+            "sync_file_range": files.refuse(errno.ESPIPE, "this file has no ranges"),
+            "fadvise64": files.accept,
+            "fchmod": files.change_owner_or_mode,
+            "fchown": files.change_owner_or_mode,
+            "sendfile": files.splice(1),
+            "splice": files.splice(2),
+            "copy_file_range": files.splice(2),
+            "dup3": files.dup2,
+            "unshare": others.unshare,
+            "setns": others.namespaces,
+            "chroot": others.root,
+            "pivot_root": others.root,
+            **dict.fromkeys(("setuid", "setreuid", "setresuid", "setfsuid", "capset"), others.credentials),
+        }
+        for owner, names in (
+            (files, _FILE_CALLS),
+            (paths, _PATH_CALLS),
+            (unmaps, ("munmap", "mremap", "madvise", "process_madvise", "brk", "shmat", "shmdt")),
+            (unmaps, ("execve", "execveat", "exit_group")),
+        ):
+            for name in names:
+                table[name] = getattr(owner, name)
+        return {HOST.numbers[name]: handler for name, handler in table.items() if name in HOST.numbers}
+
+
+_FILE_CALLS = (
+    "ioctl", "read", "write", "pread64", "pwrite64", "readv", "writev", "preadv", "pwritev", "preadv2", "pwritev2",
+    "lseek", "close", "close_range", "dup", "dup2", "fcntl", "getdents", "getdents64",
+)  # fmt: skip
+_PATH_CALLS = (
+    "open", "creat", "openat", "openat2", "stat", "lstat", "fstat", "newfstatat", "statx", "access", "faccessat",
+    "faccessat2", "readlink", "readlinkat", "getxattr", "lgetxattr", "listxattr", "llistxattr",
+)  # fmt: skip
+
+
+def new_space(tgid: int, physical: Physical) -> AddressSpace:
+    """The AddressSpace of a living process."""
+    from iommufd.memory.proc import ProcHost
+    from iommufd.memory.space import AddressSpace
+
+    return AddressSpace(physical, ProcHost(tgid), f"process {tgid}")
+
+
+def close_pidfd(group: ThreadGroup) -> None:
+    if group.pidfd >= 0:
+        os.close(group.pidfd)
+        group.pidfd = -1
+
+
+def say(sentence: str) -> None:
+    """One line for the person who runs us."""
+    print(f"iommufd: {sentence}", file=sys.stderr, flush=True)
