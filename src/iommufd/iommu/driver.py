@@ -79,10 +79,17 @@ class Driver(Protocol):
     ``user_pasid_table``: faults with a PASID nobody attached belong to the nested domain on the RID.
     """
 
-    name: str
-    blocked_domain: Domain | None
-    identity_domain: Domain | None
-    user_pasid_table: bool
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def blocked_domain(self) -> Domain | None: ...
+
+    @property
+    def identity_domain(self) -> Domain | None: ...
+
+    @property
+    def user_pasid_table(self) -> bool: ...
 
     def capable(self, device: Device, capability: Capability) -> bool:
         """A pure query."""

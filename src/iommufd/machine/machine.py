@@ -21,6 +21,7 @@ from iommufd.engine.dispatch import build_table
 from iommufd.engine.vfio_compat import compat_ioctl
 from iommufd.engine.world import LATEST, World
 from iommufd.errors import KernelError
+from iommufd.iommu.drivers.noiommu import NoiommuDriver
 from iommufd.machine import census
 from iommufd.machine.node import Node as Node
 from iommufd.machine.node import directory
@@ -60,6 +61,8 @@ class Machine:
         release = (kernel[0], kernel[1])
         self.world = World(kernel=release, defects=defects, noiommu=noiommu, vfio_container=vfio_container)
         self.world.compat_ioctl = compat_ioctl
+        if noiommu:
+            self.world.noiommu_driver = NoiommuDriver()
         self._rows = list(ENGINE_ROWS)
         self._nodes: dict[str, Node] = {}
         self.generation = 0  # changes with the set of paths

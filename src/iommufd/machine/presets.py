@@ -34,19 +34,20 @@ def _default(name: str, kernel: tuple[int, ...]) -> Machine:
 
 
 def _mock(name: str, kernel: tuple[int, ...]) -> Machine:
-    return _with_selftest(Machine(name, kernel=kernel))
+    return _with_test_hardware(Machine(name, kernel=kernel))
 
 
 def _mock_7_3_4(name: str, kernel: tuple[int, ...]) -> Machine:
-    return _with_selftest(Machine(name, kernel=kernel, defects=DEFECTS_7_3_4, vfio_container=False))
+    return _with_test_hardware(Machine(name, kernel=kernel, defects=DEFECTS_7_3_4, vfio_container=False))
 
 
-def _with_selftest(machine: Machine) -> Machine:
+def _with_test_hardware(machine: Machine) -> Machine:
     """A kernel built for tests: CONFIG_IOMMUFD_TEST and fault injection."""
-    from iommufd.machine import fault_files  # the default machine does not pay for either
-    from iommufd.selftest import mount
+    from iommufd.machine import fault_files  # the default machine pays for none of this
+    from iommufd.selftest.driver import MockDriver
+    from iommufd.selftest.test_command import TOP_NR, TestCommand
 
-    mount.mount(machine)
+    machine.add_rows(TestCommand(MockDriver()).rows, TOP_NR)
     fault_files.mount(machine)
     return machine
 

@@ -1,7 +1,7 @@
 """The software page table of devices without an IOMMU (kernel: CONFIG_IOMMUFD_NOIOMMU), devices.md 9.
 
-Nothing translates through it: it holds pages pinned and answers IOMMU_IOAS_NOIOMMU_GET_PA. It cannot be attached to anything,
-so it has no attach op; binding and attaching such devices is bookkeeping in iommufd alone.
+Nothing translates through it: it holds pages pinned and answers IOMMU_IOAS_NOIOMMU_GET_PA. It cannot be attached to
+anything, so it has no attach op; binding and attaching such devices is bookkeeping in iommufd alone.
 """
 
 from __future__ import annotations
