@@ -24,7 +24,7 @@ from iommufd.memory.proc import ProcHost
 from iommufd.memory.space import AddressSpace
 
 if TYPE_CHECKING:
-    from iommufd.client.backends.software import Descriptors
+    from iommufd.client.backends.software.descriptors import Descriptors
     from iommufd.engine.file import File
     from iommufd.memory.physical import Physical
 
