@@ -49,6 +49,8 @@ class OwnProcess:
         self.process = Process(self.pid, physical.user(os.getuid()), self.space)
         self.initial_namespace = os.stat("/proc/self/ns/user").st_ino == INITIAL_USER_NAMESPACE
 
+        self.pretended: int | None = None  # capabilities instead of the thread's own (bits), for tests
+
     def check(self) -> None:
         """RuntimeError in a forked child: the machine's state is the parent's, and the child has only a copy of it."""
         if os.getpid() != self.pid:
@@ -117,6 +119,8 @@ class OwnTask:
 
     def capable(self, capability: int) -> bool:
         """capget(2) of the calling thread, if the process lives in the initial user namespace."""
+        if self._owner.pretended is not None:
+            return bool(self._owner.pretended >> capability & 1)
         return self._owner.initial_namespace and bool(_capabilities.effective() >> capability & 1)
 
     # --- descriptors
