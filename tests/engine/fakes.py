@@ -9,7 +9,7 @@ from __future__ import annotations
 import errno
 import itertools
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import pytest
@@ -455,10 +455,9 @@ class Gate:
         self._open.set()
 
 
-def each(rows: Iterable[tuple[Any, ...]]) -> Iterator[Any]:
+def each(rows: Iterable[tuple[Any, ...]]) -> list[Any]:
     """Parameter sets whose first member is the id: the row of the specification."""
-    for row in rows:
-        yield pytest.param(*row[1:], id=row[0])
+    return [pytest.param(*row[1:], id=row[0]) for row in rows]
 
 
 __all__ = [

@@ -19,13 +19,15 @@ from iommufd.memory.frames import PAGE_SHIFT, PAGE_SIZE, Extents
 from iommufd.memory.physical import Physical
 
 TMPFS_MAGIC, HUGETLBFS_MAGIC, RAMFS_MAGIC = 0x01021994, 0x958458F6, 0x858458F6
+DMA_BUF_MAGIC = 0x444D4142
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.fstatfs.argtypes = [ctypes.c_int, ctypes.c_char_p]
 
 
 def file_kind(fd: int) -> tuple[str, int]:
-    """The kind of file system behind ``fd`` ('shmem', 'hugetlbfs', 'ramfs' or 'other') and the order of its pages."""
+    """The kind of file system behind ``fd`` ('shmem', 'hugetlbfs', 'ramfs', 'dmabuf' or 'other') and the order of its
+    pages."""
     buffer = ctypes.create_string_buffer(120)
     if _libc.fstatfs(fd, buffer):
         return "other", 0
@@ -33,11 +35,12 @@ def file_kind(fd: int) -> tuple[str, int]:
     block = int.from_bytes(buffer.raw[8:16], "little")
     if magic == HUGETLBFS_MAGIC:
         return "hugetlbfs", max(block.bit_length() - 1 - PAGE_SHIFT, 0)
-    return {TMPFS_MAGIC: "shmem", RAMFS_MAGIC: "ramfs"}.get(magic, "other"), 0
+    return {TMPFS_MAGIC: "shmem", RAMFS_MAGIC: "ramfs", DMA_BUF_MAGIC: "dmabuf"}.get(magic, "other"), 0
 
 
 class HostFile:
-    """``fd`` becomes this object's. ``dev``, ``ino`` as fstat tells; ``kind`` 'shmem', 'hugetlbfs' or 'other'."""
+    """``fd`` becomes this object's. ``dev``, ``ino`` as fstat tells; ``kind`` 'shmem', 'hugetlbfs', 'dmabuf' or
+    'other'."""
 
     __slots__ = ("_physical", "_space", "dev", "fd", "ino", "kind", "order")
 
@@ -46,7 +49,7 @@ class HostFile:
         status = os.fstat(fd)
         self.dev, self.ino = status.st_dev, status.st_ino
         kind, self.order = file_kind(fd)
-        self.kind = kind if kind in ("shmem", "hugetlbfs") else "other"
+        self.kind = kind if kind in ("shmem", "hugetlbfs", "dmabuf") else "other"
         self._physical = physical
         self._space: FileSpace | None = None
 
@@ -60,7 +63,7 @@ class HostFile:
         KernelError: EINVAL for a file that is neither shmem nor hugetlbfs, an offset of 2**63 or more, or a last byte
         beyond the file's end; ENOMEM when no memory is left (core 4.10, 5.5 FILE)."""
         start, end = first_page << PAGE_SHIFT, (first_page + npages) << PAGE_SHIFT
-        if self.kind == "other":
+        if self.kind not in ("shmem", "hugetlbfs"):
             raise KernelError(errno.EINVAL, f"file {self.dev:#x}:{self.ino} is neither shmem (memfd) nor hugetlbfs")
         if end - 1 >= 2**63:
             raise KernelError(errno.EINVAL, f"file range [{start:#x}, {end - 1:#x}] passes 2**63")
