@@ -20,8 +20,13 @@ class Task(Protocol):
     """The calling thread. All addresses are the caller's virtual addresses, 0 <= addr < 2**64."""
 
     tid: int
-    space: AddressSpace
-    process: Process  # thread group: limits, user
+
+    @property
+    def space(self) -> AddressSpace: ...
+
+    @property
+    def process(self) -> Process:
+        """The thread group: limits, user."""
 
     def read(self, addr: int, count: int) -> bytes:
         """Exactly ``count`` bytes at ``addr`` under the caller's page protections; else KernelError(EFAULT)."""
