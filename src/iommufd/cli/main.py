@@ -39,7 +39,8 @@ def load(name: str) -> SubCommand | None:
 
 
 def usage() -> str:
-    lines = ["usage: iommufd SUB-COMMAND ARGUMENTS…", "", "Linux's IOMMU user API (/dev/iommu), complete in user space.", ""]
+    lines = ["usage: iommufd SUB-COMMAND ARGUMENTS…", ""]
+    lines += ["Linux's IOMMU user API (/dev/iommu), complete in user space.", ""]
     for name in sub_commands():
         module = load(name)
         first = (module.__doc__ or "").strip().partition("\n")[0] if module is not None else ""

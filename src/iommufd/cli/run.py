@@ -1,8 +1,8 @@
 """``iommufd run -- PROGRAM ARGS…``: runs an unmodified program on a software machine.
 
 Exit status: the program's own (a program that dies of a signal takes this command with it); 125 when the machine or the
-supervisor cannot be set up, 126 when the program cannot be executed, 127 when there is none; 1 with ``--check`` when the
-program left something behind.
+supervisor cannot be set up, 126 when the program cannot be executed, 127 when there is none; 1 with ``--check`` when
+the program left something behind.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--kernel", metavar="VERSION", help="hide what Linux VERSION (such as 6.6) did not have")
     made.add_argument("--explain", action="store_true", help="say on standard error why each failing call failed")
     made.add_argument("--trace", metavar="FILE", help="write one JSON line per call (see `iommufd decode`)")
-    made.add_argument("--check", action="store_true", help="list what is still alive at the end, and exit 1 if anything is")
+    made.add_argument("--check", action="store_true", help="list what is alive at the end, and exit 1 if anything is")
     made.add_argument(
         "--no-pin-tracking",
         action="store_true",
-        help="do not follow munmap, madvise and the like: faster, but pinned pages lose their contents with their address",
+        help="do not follow munmap, madvise and the like: faster, but pinned pages are lost with their address",
     )
     made.add_argument("program", nargs=argparse.REMAINDER, metavar="PROGRAM", help="the program and its arguments")
     return made

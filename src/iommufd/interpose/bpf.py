@@ -1,7 +1,7 @@
 """Classic BPF as the kernel's seccomp reads it: an assembler with labels (kernel: struct sock_filter, sock_fprog).
 
-A program is a list of lines; jumps name labels, :func:`assemble` turns them into the eight-byte instructions. Conditional
-jumps reach 255 instructions, so a label that is further away is a programming error and raises ValueError.
+A program is a list of lines; jumps name labels, :func:`assemble` turns them into the eight-byte instructions.
+Conditional jumps reach 255 instructions, so a label that is further away is a programming error and raises ValueError.
 """
 
 from __future__ import annotations

@@ -110,8 +110,9 @@ class CallerMemory:
         if ctypes.get_errno() in (errno.EPERM, errno.EACCES):
             say_unreadable(self.tid)
 
-    def read_string(self, addr: int, limit: int = 4096) -> bytes | None:
-        """The NUL-terminated string at ``addr`` without its NUL; KernelError EFAULT, or ENAMETOOLONG beyond ``limit``."""
+    def read_string(self, addr: int, limit: int = 4096) -> bytes:
+        """The NUL-terminated string at ``addr`` without its NUL; KernelError EFAULT, or ENAMETOOLONG beyond
+        ``limit``."""
         text = b""
         want = 128
         while len(text) < limit:

@@ -2,13 +2,13 @@
 
 Invariants:
 
-* One carrier an open: a memfd (contexts, accesses, devices: always ready, natively mappable) or a pipe (queues: readiness is
-  a byte in it). The descriptor the program gets is a fresh open description of that inode, because the memfd as made
-  never reports its close. The supervisor keeps ``memory``, its own end, and nothing else open.
+* One carrier an open: a memfd (contexts, accesses, devices: always ready, natively mappable) or a pipe (queues:
+  readiness is a byte in it). The descriptor the program gets is a fresh open description of that inode, because the
+  memfd as made never reports its close. The supervisor keeps ``memory``, its own end, and nothing else open.
 * Identity is the inode ``(st_dev, st_ino)``: it survives dup, fork, exec, SCM_RIGHTS and a re-open through /proc.
 * Release is the death of the inode outside the supervisor: inotify reports the close of the last descriptor, mapping
-  and message in flight, before the process that closed it can make its next trapped call. A lease on a memfd, which only
-  its sole holder gets, settles the doubt a re-opened description leaves.
+  and message in flight, before the process that closed it can make its next trapped call. A lease on a memfd, which
+  only its sole holder gets, settles the doubt a re-opened description leaves.
 * The File's reference held by the program lives here and is dropped exactly once.
 """
 
@@ -70,7 +70,8 @@ class Carrier:
 
 
 class Carriers:
-    """All carriers of one supervisor. Any thread; ``released(carrier)`` is told of each release, after the file's put."""
+    """All carriers of one supervisor. Any thread; ``released(carrier)`` is told of each release, after the file's
+    put."""
 
     def __init__(self, released: Callable[[Carrier], None] = lambda carrier: None) -> None:
         self.inotify = inotify_init()
@@ -81,7 +82,8 @@ class Carriers:
         self._draining = threading.RLock()
 
     def make(self, file: File, path: str = "", flags: int = os.O_RDWR) -> Carrier:
-        """A carrier for ``file``, taking the caller's reference to it. OSError EMFILE or ENFILE when we are out of files."""
+        """A carrier for ``file``, taking the caller's reference to it. OSError EMFILE or ENFILE when we are out of
+        files."""
         carrier = Carrier(file, path, flags)
         try:
             if carrier.queue:
@@ -138,7 +140,8 @@ class Carriers:
             os.close(client)
 
     def drain(self) -> None:
-        """Performs every release reported so far; one that another thread is performing is waited for, a second at most."""
+        """Performs every release reported so far; one that another thread is performing is waited for, a second at
+        most."""
         if not self._draining.acquire(timeout=1.0):
             return
         try:

@@ -4,9 +4,10 @@ Invariants:
 
 * The main thread does nothing else: it blocks the signals it answers for and waits for them synchronously, so that no
   Python signal handler ever interrupts a thread that serves a call.
-* A signal the terminal sends goes to the whole foreground group, so the program has it already; one that a process sends
-  to us is passed on.
-* We are the tree's subreaper; :meth:`Children.wait` returns when there is no child left, with the status of the first one.
+* A signal the terminal sends goes to the whole foreground group, so the program has it already; one that a process
+  sends to us is passed on.
+* We are the tree's subreaper; :meth:`Children.wait` returns when there is no child left, with the status of the
+  first one.
 """
 
 from __future__ import annotations
@@ -47,10 +48,11 @@ class Children:
         signal.pthread_sigmask(signal.SIG_SETMASK, self.mask_before)
 
     def wait(self, first: int, ended: Callable[[int], None] = lambda pid: None) -> int:
-        """Waits until no child is left and returns the wait status of ``first``; ``ended(pid)`` is called for each child.
+        """Waits until no child is left and returns the wait status of ``first``; ``ended(pid)`` is called for each
+        child.
 
-        Once ``first`` has ended, an ending signal (even one that came before) ends whoever is left: SIGTERM, then SIGKILL
-        after a second."""
+        Once ``first`` has ended, an ending signal (even one that came before) ends whoever is left: SIGTERM, then
+        SIGKILL after a second."""
         status: int | None = None
         ending = False
         deadline = 0.0
@@ -107,7 +109,8 @@ def signal_all(number: int) -> None:
 
 
 def end_like(status: int) -> int:
-    """The exit code that passes ``status`` on; when the program died of a signal, dies of the same one (without a core)."""
+    """The exit code that passes ``status`` on; when the program died of a signal, dies of the same one (without a
+    core)."""
     if not os.WIFSIGNALED(status):
         return os.WEXITSTATUS(status)
     number = os.WTERMSIG(status)

@@ -103,13 +103,15 @@ class Descriptors:
         finally:
             self.carriers.handed_over(carrier)
 
-    def give(self, task: RemoteTask, carrier: Carrier, cloexec: bool, *, low: bool = False) -> None:
-        """Answers the call in flight with a new descriptor of ``carrier``; Gone when the caller was killed.
+    def give(self, task: RemoteTask, carrier: Carrier, cloexec: bool, *, low: bool = False) -> int:
+        """Answers the call in flight with a new descriptor of ``carrier`` and returns its number; Gone when the
+        caller was killed.
 
         ``low`` asks for the lowest free number, as a real open gives. KernelError EMFILE when there is none."""
         try:
             fd = self.give_source(task, carrier.client, cloexec, 0, low=low)
             self.note(task.thread, fd, carrier)
+            return fd
         finally:
             self.carriers.handed_over(carrier)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING
 
 from iommufd.engine.file import File
@@ -21,6 +22,7 @@ from iommufd.interpose.trap import ANSWERED, PROCEED, Trap, fd_of, signed32, sig
 
 if TYPE_CHECKING:
     from iommufd.engine.file import Pending
+    from iommufd.engine.world import World
     from iommufd.interpose.caller import RemoteTask
     from iommufd.interpose.carriers import Carrier
     from iommufd.interpose.descriptors import Descriptors
@@ -57,8 +59,9 @@ class FileCalls:
     """Handlers of the descriptor calls; each returns an answer or raises KernelError."""
 
     def __init__(
-        self, processes: Processes, descriptors: Descriptors, resolver: Resolver, mappings: Mappings
+        self, world: World, processes: Processes, descriptors: Descriptors, resolver: Resolver, mappings: Mappings
     ) -> None:
+        self._world = world
         self._processes = processes
         self._descriptors = descriptors
         self._resolver = resolver
@@ -82,6 +85,10 @@ class FileCalls:
         carrier, task = found
         if carrier.mapped:
             self._mappings.settle(carrier, trap.tid)
+        if self._world.instruments:
+            from iommufd.observe import watch
+
+            return watch.ioctl(self._world, carrier.file, task, cmd, trap.args[2])
         return carrier.file.ioctl(task, cmd, trap.args[2])
 
     # ---- read, write, lseek
@@ -132,6 +139,10 @@ class FileCalls:
         if carrier.flags & os.O_PATH or file.mode == (os.O_RDONLY if writing else os.O_WRONLY):
             raise _bad(trap, f"is not open for {'writing' if writing else 'reading'}")
         operation = file.write if writing else file.read
+        if self._world.instruments:
+            from iommufd.observe import watch
+
+            operation = partial(watch.write if writing else watch.read, self._world, file)
         if pieces is None:
             if _missing(file, writing):
                 return operation(task, 0, 0, position)
@@ -153,7 +164,8 @@ class FileCalls:
         return done
 
     def _iovecs(self, task: RemoteTask, addr: int, count: int) -> list[tuple[int, int]]:
-        """struct iovec { void *base; size_t len; } × count; files of ours are read piece by piece, as the kernel does."""
+        """struct iovec { void *base; size_t len; } × count; files of ours are read piece by piece, as the kernel
+        does."""
         count &= 0xFFFFFFFF
         if count > UIO_MAXIOV:
             raise KernelError(errno.EINVAL, f"{count} pieces are more than {UIO_MAXIOV}")
@@ -199,7 +211,8 @@ class FileCalls:
         return 0
 
     def splice(self, second: int) -> Handler:
-        """sendfile, splice, copy_file_range: neither end can be one of ours. ``second`` is the other descriptor's place."""
+        """sendfile, splice, copy_file_range: neither end can be one of ours. ``second`` is the other descriptor's
+        place."""
 
         def handler(trap: Trap) -> int | Proceed:
             for argument in (0, second):
@@ -293,7 +306,12 @@ class FileCalls:
             raise _bad(trap, "was opened with O_PATH")
         length = (length + PAGE_MASK) & ~PAGE_MASK
         shared = flags & 0xF in (1, 3)
-        memory, at = carrier.file.mmap(task, offset, length, prot, shared)
+        if self._world.instruments:
+            from iommufd.observe import watch
+
+            memory, at = watch.mmap(self._world, carrier.file, task, offset, length, prot, shared)
+        else:
+            memory, at = carrier.file.mmap(task, offset, length, prot, shared)
         if memory != carrier.memory or at != offset:
             raise KernelError(errno.ENODEV, "the memory behind this file cannot be mapped into another process")
         self._mappings.granted(carrier, offset, trap.tid)

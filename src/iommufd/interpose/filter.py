@@ -9,8 +9,9 @@ The rules (one table, names of system calls):
 * ``execve`` and ``exit_group``, and what changes credentials, root or the descriptor table as a whole;
 * with pin tracking, every call that can take pages away from an address.
 
-A rule is a disjunction of clauses, a clause a conjunction of tests on the low 32 bits of arguments (descriptors, commands
-and flags are 32 bits wide in the kernel). Everything else is allowed natively, as is every call of a foreign ABI.
+A rule is a disjunction of clauses, a clause a conjunction of tests on the low 32 bits of arguments (descriptors,
+commands and flags are 32 bits wide in the kernel). Everything else is allowed natively, as is every call of a
+foreign ABI.
 """
 
 from __future__ import annotations

@@ -49,7 +49,8 @@ class Launched:
     def go(self) -> None:
         """Lets the child execute the program; the supervisor must be answering in another thread by now.
 
-        Returns when the program has been executed (or the child was killed); LaunchError 126 or 127 when it cannot be."""
+        Returns when the program has been executed (or the child was killed); LaunchError 126 or 127 when it cannot
+        be."""
         try:
             self._channel.send(b"g")
             report = self._channel.recv(_REPORT.size)
@@ -79,8 +80,8 @@ def start(
 ) -> Launched:
     """Forks a child that has installed ``program_filter`` and waits; LaunchError 125 when it cannot be installed.
 
-    ``signal_mask`` is the mask the program starts with (default: the caller's). ``die_with_parent``: the program is killed
-    should the calling thread end first."""
+    ``signal_mask`` is the mask the program starts with (default: the caller's). ``die_with_parent``: the program is
+    killed should the calling thread end first."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     parent = os.getpid()
     pid = os.fork()
@@ -185,8 +186,6 @@ def _execute(argv: Sequence[str], env: Mapping[str, str]) -> None:
                 os.execve("/bin/sh", ["sh", candidate, *argv[1:]], dict(env))
             if error.errno == errno.EACCES:
                 refused = error
-            elif error.errno not in (errno.ENOENT, errno.ENOTDIR):
-                raise
-            elif "/" in program:
+            elif error.errno not in (errno.ENOENT, errno.ENOTDIR) or "/" in program:
                 raise
     raise refused or OSError(errno.ENOENT, os.strerror(errno.ENOENT))

@@ -1,4 +1,5 @@
-"""Listing: reading a directory in which entries of ours and of the host stand together (kernel: struct linux_dirent64)."""
+"""Listing: reading a directory in which entries of ours and of the host stand together (kernel: struct
+linux_dirent64)."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Mappings of our files in programs, counted (kernel: vm_operations open and close of the iommufd's mmap).
 
 A mapping is made by the kernel itself once a File has granted it; it can be copied by fork, split, moved and dropped
-without a word to us. So nobody follows it: before a call on a file that has granted mappings, the mappings that exist are
-counted in /proc/PID/maps of the whole tree, and the File is told of the difference.
+without a word to us. So nobody follows it: before a call on a file that has granted mappings, the mappings that
+exist are counted in /proc/PID/maps of the whole tree, and the File is told of the difference.
 """
 
 from __future__ import annotations

@@ -80,7 +80,8 @@ class Listener:
         request = _ADDFD.pack(number, flags, source, at or 0, os.O_CLOEXEC if cloexec else 0)
         while True:
             try:
-                return fcntl.ioctl(self.fd, ADDFD, bytearray(request))
+                got: int = fcntl.ioctl(self.fd, ADDFD, bytearray(request))
+                return got
             except OSError as error:
                 if error.errno == errno.ENOENT:
                     raise Gone from None

@@ -9,7 +9,7 @@ import errno
 import os
 import stat
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from iommufd.engine.file import File
 from iommufd.errors import KernelError
@@ -59,6 +59,7 @@ class PathCalls:
         resolver: Resolver,
     ) -> None:
         self._machine = machine
+        self._world = machine.world
         self._processes = processes
         self._descriptors = descriptors
         self._carriers = carriers
@@ -131,6 +132,16 @@ class PathCalls:
         return self._open_node(trap, place.node, flags)
 
     def _open_node(self, trap: Trap, node: Node, flags: int) -> int | Proceed | Answered:
+        try:
+            return self._try_open_node(trap, node, flags)
+        except KernelError as error:
+            if self._world.instruments:
+                task = self._processes.thread(trap.tid).task
+                fields: dict[str, Any] = {"path": node.path, "flags": flags, "file": None, "result": -1, "error": error}
+                self._world.event("open", task=task, **fields)
+            raise
+
+    def _try_open_node(self, trap: Trap, node: Node, flags: int) -> int | Proceed | Answered:
         thread = self._processes.thread(trap.tid)
         task = thread.task
         task.notification = trap.number
@@ -149,7 +160,9 @@ class PathCalls:
         file = self._machine.open(path, task, flags)
         if file is None:
             raise KernelError(errno.ENXIO, f"{path} cannot be opened any more")
-        self._descriptors.give(task, self._carriers.make(file, path, flags), cloexec)
+        fd = self._descriptors.give(task, self._carriers.make(file, path, flags), cloexec)
+        if self._world.instruments:
+            self._world.event("open", task=task, path=path, flags=flags, file=file, result=fd, error=None)
         return ANSWERED
 
     def _open_text(self, trap: Trap, thread: Thread, node: Node, flags: int) -> Answered:

@@ -3,7 +3,8 @@
 Invariants:
 
 * A path that the host resolves and that names nothing of ours is let through after one look (most calls of most
-  programs). Only what the host does not have, what mentions a name of ours, and ``/proc`` is walked component by component.
+  programs). Only what the host does not have, what mentions a name of ours, and ``/proc`` is walked component by
+  component.
 * The walk starts where the caller stands (its cwd or directory descriptor) and reads ``/proc/self`` and
   ``/proc/thread-self`` as the caller's.
 * ``..`` is taken of the resolved path, links are followed as the kernel does, forty at most.
@@ -33,8 +34,9 @@ _PROC_STATUS = re.compile(r"/proc/(\d+)(?:/task/\d+)?/status")
 class Place:
     """Where a path leads. ``path`` is absolute, without links; one of the others says what there is of ours.
 
-    ``node``: a node of the machine; ``directory``: a directory of ours; ``union``: one of the host's that lacks entries of
-    ours; ``carrier``: an open file reached through /proc/PID/fd; ``not_directory``: the path goes on behind a file."""
+    ``node``: a node of the machine; ``directory``: a directory of ours; ``union``: one of the host's that lacks
+    entries of ours; ``carrier``: an open file reached through /proc/PID/fd; ``not_directory``: the path goes on
+    behind a file."""
 
     __slots__ = ("carrier", "directory", "linked", "node", "not_directory", "path", "slash", "union")
 
@@ -106,7 +108,8 @@ class Resolver:
     # ---- the quick look
 
     def maybe_ours(self, tid: int, dirfd: int, path: bytes, *, listing: bool = False) -> bool:
-        """False when the path certainly leads to nothing of ours; ``listing``: to no directory we have to list either."""
+        """False when the path certainly leads to nothing of ours; ``listing``: to no directory we have to list
+        either."""
         if self._names.search(path) is not None:
             return True
         if path[:1] == b"/":

@@ -1,13 +1,14 @@
-"""Who calls: threads, thread groups, and the address spaces behind them (kernel: task_struct, signal_struct, mm_struct).
+"""Who calls: threads, thread groups, and the address spaces behind them (kernel: task_struct, signal_struct,
+mm_struct).
 
 Invariants:
 
 * A thread id is trusted for half a second of activity; then its start time is compared, so that a recycled id is never
   taken for its predecessor. Nobody is recorded who has not touched the machine.
-* A thread group's descriptor cache is exact: every call that can change what a number means is trapped first. A number a
-  program closed is not cached again until we give it out ourselves (the close itself comes after the trap).
-* An AddressSpace belongs to an mm, not to a process: a vfork child shares its parent's, an exec makes a new one. Whether
-  an announced exec really happened is told by the 16 random bytes the kernel gives every new program.
+* A thread group's descriptor cache is exact: every call that can change what a number means is trapped first. A
+  number a program closed is not cached again until we give it out ourselves (the close itself comes after the trap).
+* An AddressSpace belongs to an mm, not to a process: a vfork child shares its parent's, an exec makes a new one.
+  Whether an announced exec really happened is told by the 16 random bytes the kernel gives every new program.
 * Credentials are the thread's; what may change them drops them.
 """
 
@@ -38,9 +39,9 @@ _AUXV = struct.Struct("=QQ")
 class ThreadGroup:
     """A process of the tree that has touched the machine.
 
-    ``files`` maps descriptor numbers to carriers; None there means "look it up each time". ``reserved`` are numbers promised
-    to a call in flight, with their close-on-exec flag. ``exec_marks`` are the random bytes seen when thread ``exec_by`` announced an exec. ``listings``
-    are the directories being listed, by descriptor."""
+    ``files`` maps descriptor numbers to carriers; None there means "look it up each time". ``reserved`` are numbers
+    promised to a call in flight, with their close-on-exec flag. ``exec_marks`` are the random bytes seen when thread
+    ``exec_by`` announced an exec. ``listings`` are the directories being listed, by descriptor."""
 
     __slots__ = (
         "_processes",
@@ -226,10 +227,10 @@ class Processes:
 
     def space_of(self, group: ThreadGroup) -> AddressSpace:
         """The AddressSpace ``group`` shares with another recorded group, else a new one."""
-        for other in self.groups.values():
-            if other is not group and other.space is not None and other.space.alive:
-                if same_vm(group.tgid, other.tgid):
-                    return other.space
+        for other in list(self.groups.values()):
+            space = other.space
+            if other is not group and space is not None and space.alive and same_vm(group.tgid, other.tgid):
+                return space
         return self._make_space(group.tgid, self._physical)
 
     def process_of(self, group: ThreadGroup, uid: int) -> Process:

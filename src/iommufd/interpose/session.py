@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import resource
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -40,7 +39,7 @@ def run(
     try:
         launched = start(argv, program, env=env, signal_mask=children.mask_before, die_with_parent=True)
         if soft < hard:
-            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # ours only: a file of the machine is one of ours too
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # ours only: each file of the machine takes one
         supervisor = Supervisor(machine, launched.listener, base, top, make_space=make_space)
         supervisor.start()
         try:
@@ -54,7 +53,3 @@ def run(
         return status
     finally:
         children.restore()
-
-
-def program_name() -> str:
-    return os.path.basename(sys.argv[0]) if sys.argv and sys.argv[0] else "iommufd"

@@ -1,18 +1,21 @@
-"""The supervisor's loop: receives each trapped call, finds who answers it, sends the answer (kernel: the system call entry).
+"""The supervisor's loop: receives each trapped call, finds who answers it, sends the answer (kernel: the system call
+entry).
 
 Invariants:
 
-* One thread, the leader, receives at a time, because back-to-back calls are fastest on one thread. When a call keeps it for
-  more than a tick, another thread becomes the leader; the old one sends its answer and ends. So no call, however long,
-  stops another program.
-* Releases reported by then are performed before a call is looked at: what a process closed is gone before its next call.
-* Every call is answered, whatever happens here: an exception that is no KernelError is reported in one line and answered
-  EIO. (A supervisor that is gone makes every trapped call ENOSYS.)
+* One thread, the leader, receives at a time, because back-to-back calls are fastest on one thread. When a call keeps
+  it for more than a tick, another thread becomes the leader; the old one sends its answer and ends. So no call,
+  however long, stops another program.
+* Releases reported by then are performed before a call is looked at: what a process closed is gone before its next
+  call.
+* Every call is answered, whatever happens here: an exception that is no KernelError is reported in one line and
+  answered EIO. (A supervisor that is gone makes every trapped call ENOSYS.)
 * An answer that is not there yet is a Pending; it is sent when it completes and dropped when its caller is killed.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import os
@@ -24,7 +27,7 @@ from typing import TYPE_CHECKING
 
 from iommufd.engine.file import Pending
 from iommufd.errors import KernelError
-from iommufd.interpose.carriers import FIONREAD, Carriers
+from iommufd.interpose.carriers import FIONREAD, Carrier, Carriers
 from iommufd.interpose.credentials import Credentials
 from iommufd.interpose.descriptors import Descriptors
 from iommufd.interpose.filecalls import FileCalls
@@ -63,7 +66,8 @@ class Worker:
 
 
 class Supervisor:
-    """Serves one tree of processes on one machine. ``listener`` becomes the supervisor's; ``base, top`` are the filter's."""
+    """Serves one tree of processes on one machine. ``listener`` becomes the supervisor's; ``base, top`` are the
+    filter's."""
 
     def __init__(
         self,
@@ -79,7 +83,7 @@ class Supervisor:
         self.listener.set_sync_wake_up()
         physical = machine.world.physical
         self.processes = Processes(physical, make_space or new_space)
-        self.carriers = Carriers(self.processes.carrier_released)
+        self.carriers = Carriers(self._released)
         self.descriptors = Descriptors(self.listener, self.carriers, physical, base, top)
         self.processes.descriptors = self.descriptors
         self.processes.on_new_group = self._watch_group
@@ -135,6 +139,7 @@ class Supervisor:
         unpack, pack_into = NOTIF.unpack, RESP.pack_into
         processes, unmaps = self.processes, self.unmaps
         threads = processes.threads
+        instruments = self.machine.world.instruments
         nr_ioctl = HOST.numbers["ioctl"]
         while True:
             buffer[:] = zeroes
@@ -157,7 +162,7 @@ class Supervisor:
                 thread = threads.get(tid)
                 if thread is not None and thread.age == processes.activity:
                     carrier = thread.files.get(a0)
-                    if carrier is not None and not carrier.mapped:
+                    if carrier is not None and not carrier.mapped and not instruments:
                         task = thread.task
                         task.notification = number
                         try:
@@ -225,10 +230,8 @@ class Supervisor:
             self._send(number, pending.result or 0)
 
     def _send(self, number: int, value: int) -> None:
-        try:
+        with contextlib.suppress(Gone, OSError):  # the caller may have been killed
             self.listener.answer(number, value)
-        except (Gone, OSError):
-            pass  # the caller was killed
 
     def _sent_or_failed(self, error: OSError, number: int, tid: int, nr: int) -> None:
         """An OSError in the hot path: ENOENT of SEND (the caller was killed), or a fault of ours."""
@@ -244,6 +247,12 @@ class Supervisor:
             traceback.print_exception(error)
         self._send(number, -errno.EIO)
 
+    def _released(self, carrier: Carrier) -> None:
+        self.processes.carrier_released(carrier)
+        world = self.machine.world
+        if world.instruments:
+            world.event("close", task=None, file=carrier.file)
+
     def _drain(self) -> None:
         try:
             self.carriers.drain()
@@ -258,10 +267,8 @@ class Supervisor:
 
     def _kick(self) -> None:
         self._dormant = False
-        try:
+        with contextlib.suppress(OSError):
             os.eventfd_write(self._wake, 1)
-        except (BlockingIOError, OSError):
-            pass
 
     def _watch_group(self, group: ThreadGroup) -> None:
         self._new_groups.append(group)
@@ -283,10 +290,8 @@ class Supervisor:
                 poller.unregister(inotify)
             for fd, event in events:
                 if fd == self._wake:
-                    try:
+                    with contextlib.suppress(BlockingIOError):
                         os.eventfd_read(self._wake)
-                    except BlockingIOError:
-                        pass
                     if dormant:
                         self.processes.activity += 1
                         ticks = quiet = 0
@@ -346,7 +351,7 @@ class Supervisor:
     # ---- the table
 
     def _build_handlers(self) -> dict[int, Handler]:
-        files = FileCalls(self.processes, self.descriptors, self.resolver, Mappings())
+        files = FileCalls(self.machine.world, self.processes, self.descriptors, self.resolver, Mappings())
         paths = PathCalls(self.machine, self.processes, self.descriptors, self.carriers, self.resolver)
         others = Credentials(self.processes, self.resolver)
         unmaps = self.unmaps

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
-
-if TYPE_CHECKING:
-    from iommufd.engine.file import Pending
+from typing import Final
 
 
 class Proceed:
@@ -18,8 +15,6 @@ class Answered:
 
 PROCEED: Final = Proceed()
 ANSWERED: Final = Answered()
-
-Answer = "int | Pending | Proceed | Answered"
 
 
 class Trap:

@@ -1,13 +1,14 @@
-"""Calls that take pages away from addresses, told to the AddressSpace before they happen (kernel: mm/mmap.c, exec, exit).
+"""Calls that take pages away from addresses, told to the AddressSpace before they happen (kernel: mm/mmap.c, exec,
+exit).
 
 Invariants:
 
 * Nothing is done, and one look is all it costs, unless the range has pinned pages.
-* Pinned bytes about to go are rescued before the call proceeds. A call the kernel will refuse (unaligned, empty) changes
-  nothing. A call it refuses for a reason we cannot see leaves the bytes in the rescue: the device keeps them, though the
-  program's page is then another one.
-* Where mremap puts a range is known only afterwards: the old and the new map are compared, at once if the kernel is quick,
-  else before the next call of anybody.
+* Pinned bytes about to go are rescued before the call proceeds. A call the kernel will refuse (unaligned, empty)
+  changes nothing. A call it refuses for a reason we cannot see leaves the bytes in the rescue: the device keeps
+  them, though the program's page is then another one.
+* Where mremap puts a range is known only afterwards: the old and the new map are compared, at once if the kernel is
+  quick, else before the next call of anybody.
 """
 
 from __future__ import annotations
@@ -175,8 +176,8 @@ class Unmaps:
             space.move(old, new, length)
             return PROCEED
         before = mapped_ranges(trap.tid)
-        stays = not flags & MREMAP_DONTUNMAP and (new_length <= length or is_free(before, old + length, old + new_length))
-        if not flags & MREMAP_MAYMOVE or stays:
+        grows_here = new_length <= length or is_free(before, old + length, old + new_length)
+        if not flags & MREMAP_MAYMOVE or (grows_here and not flags & MREMAP_DONTUNMAP):
             return PROCEED
         move = Moving(space, trap.tid, old, length, new_length, before)
         self._listener.proceed(trap.number)
@@ -208,9 +209,10 @@ class Unmaps:
             return PROCEED
         self._processes.exec_announced(thread)
         space = thread.group.space
-        if space is not None and space.pinned_vm and len(self._processes.sharers(space)) == 1:
-            if looks_executable(trap.tid, dirfd, addr):  # a search through PATH fails often, and costs nothing here
-                space.unmap(0, END)
+        if space is None or not space.pinned_vm or len(self._processes.sharers(space)) != 1:
+            return PROCEED
+        if looks_executable(trap.tid, dirfd, addr):  # a search through PATH fails often, and costs nothing here
+            space.unmap(0, END)
         return PROCEED
 
     def exit_group(self, trap: Trap) -> Proceed:
