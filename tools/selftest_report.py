@@ -15,7 +15,7 @@ _RESULT = re.compile(r"^(not ok|ok) (\d+) (\S+)(?:\s+#\s*(\w+)\s*(.*))?$")
 _PLAN = re.compile(r"^1\.\.(\d+)$")
 _START = re.compile(r"^#\s+RUN\s+(\S+) \.\.\.$")
 _NOISE = re.compile(
-    r"^#\s+(OK|FAIL|RUN)\s|^# (Starting|Totals:)|^# (PASSED|FAILED):|^TAP version|^# \S+: Test terminated by assertion"
+    r"^TAP version|^# (Starting|Totals:)|^# (PASSED|FAILED):|^#\s+(OK|FAIL|RUN|SKIP)\s|^# \S+: Test terminated by"
 )
 
 
@@ -68,7 +68,7 @@ def read(lines: Iterable[str]) -> Iterator[Case | int]:
             yield Case(result[3], verdict, [*said, result[5]] if skipped and result[5] else said)
             said = []
         elif line and not _NOISE.match(line):
-            said.append(line.removeprefix("# "))
+            said.append(line.removeprefix("#").strip())
 
 
 def collect(lines: Iterable[str]) -> Report:
