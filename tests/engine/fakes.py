@@ -166,7 +166,7 @@ class FakeProcess:
         self.pid = next(self.pids)
         self.space = AddressSpace(world.physical, self.host, f"pid {self.pid}")
         self.process = Process(self.pid, world.physical.user(uid), self.space, limit=lambda _: self.limit)
-        self.files: dict[int, Callable[[], File | HostFile]] = {}
+        self.files: dict[int, Callable[[], Any]] = {}
         self.installed: dict[int, File] = {}
         self.free_fds = 1 << 20
 

@@ -24,8 +24,8 @@ MEMFD, NOT_MEMFD = 10, 11
 @pytest.fixture
 def c() -> Caller:
     caller = Caller()
-    caller.proc.files[MEMFD] = lambda: FakeFile(caller.world, 16)  # type: ignore[arg-type,return-value]
-    caller.proc.files[NOT_MEMFD] = lambda: FakeFile(caller.world, 16, "other")  # type: ignore[arg-type,return-value]
+    caller.proc.files[MEMFD] = lambda: FakeFile(caller.world, 16)
+    caller.proc.files[NOT_MEMFD] = lambda: FakeFile(caller.world, 16, "other")
     return caller
 
 
@@ -242,7 +242,7 @@ class TestFile:
 
     def test_the_file_lives_as_long_as_an_area(self, c: Caller) -> None:
         file = FakeFile(c.world, 4)
-        c.proc.files[12] = lambda: file  # type: ignore[arg-type,return-value]
+        c.proc.files[12] = lambda: file
         a, b = c.ioas(), c.ioas()
         c.do(map_file(a, 0, 4 * P, fd=12))
         c.copy(b, a, P, P, 0)
@@ -253,7 +253,7 @@ class TestFile:
 
     def test_failed_maps_close_the_file(self, c: Caller) -> None:
         file = FakeFile(c.world, 4)
-        c.proc.files[12] = lambda: file  # type: ignore[arg-type,return-value]
+        c.proc.files[12] = lambda: file
         ioas = c.ioas()
         c.map(ioas, 0, P)
         c.refuses(errno.EEXIST, map_file(ioas, 0, P, fd=12))

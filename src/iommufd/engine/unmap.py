@@ -27,6 +27,7 @@ def unmap_range(table: IOPagetable, start: int, last: int) -> tuple[int, KernelE
     did not)."""
     world, areas = table.world, table.areas
     total = rounds = 0
+    asked = start
     while start <= last:
         area: Area | None = None
         pages: Pages | None = None
@@ -45,7 +46,7 @@ def unmap_range(table: IOPagetable, start: int, last: int) -> tuple[int, KernelE
                 first, end, area = found
                 pages = area.pages
                 if pages is None or area.locks or first < start or end > last:
-                    error = _refusal(area, start, last)
+                    error = _refusal(area, asked, last)
                     break
                 if first != start:
                     rounds = 0
