@@ -100,7 +100,11 @@ class Carriers:
 
     def _make_memory(self, carrier: Carrier) -> None:
         file = carrier.file
-        own = carrier.memory = os.memfd_create("iommufd", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        made = os.memfd_create("iommufd", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        try:  # ours is a re-opened description too: as made it does not count as a writer, and a lease would count wrong
+            own = carrier.memory = os.open(f"/proc/self/fd/{made}", os.O_RDWR | os.O_CLOEXEC)
+        finally:
+            os.close(made)
         if file.mappable:
             file.memory_fd = own
         else:  # a descriptor moved out of the trapped range then reads nothing and cannot write
