@@ -76,7 +76,7 @@ class IovaBitmap:
                 self._bulk(begin >> self._shift, packed.narrow(part, n, skip, by), -(-(skip + n) // by))
                 continue
             by = size // grain
-            if not self._bulk(begin >> self._shift, packed.widen(part, n, by), n * by):
+            if not self._bulk(begin >> self._shift, packed.widen(part, n, by), n * by, whole=True):
                 for number in packed.each_set(part.tobytes(), 0, n):  # some entry may run into a hole
                     self.record(iova + (first + number) * size, size)
 
@@ -131,8 +131,9 @@ class IovaBitmap:
             return False
         return True
 
-    def _bulk(self, bit: int, source: Bits, count: int) -> bool:
-        """Sets bit ``bit + n`` for every set bit n < ``count`` of ``source``; False when some were lost."""
+    def _bulk(self, bit: int, source: Bits, count: int, *, whole: bool = False) -> bool:
+        """Sets bit ``bit + n`` for every set bit n < ``count`` of ``source``. What cannot be written is lost; with
+        ``whole`` nothing is set behind it, and False returned."""
         shift, size = bit & 7, (count + 7) >> 3
         add = source[:size]
         if shift:
@@ -140,12 +141,13 @@ class IovaBitmap:
             packed.or_into(add, shift, source, count)
         byte = bit >> 3
         self._advance(byte, add)
-        complete = True
         for at in range(0, len(add), _PIECE):
             piece = add[at : at + _PIECE]
             if piece.any() and not self._merge_bulk(self.data + byte + at, piece):
-                complete = False
-        return complete
+                if whole:
+                    return False
+                self._merge_pages(self.data + byte + at, piece)
+        return True
 
     def _merge_bulk(self, address: int, add: Bits) -> bool:
         used = add.nonzero()[0] if add[0] == 0 or add[-1] == 0 else None
@@ -154,16 +156,19 @@ class IovaBitmap:
         try:
             old = packed.of(self._task.read(address, len(add)))
             self._task.write(address, (old | add).data)
-        except KernelError:  # page by page, what can be written
-            complete, at = True, 0
-            while at < len(add):
-                n = min(PAGE_SIZE - ((address + at) & (PAGE_SIZE - 1)), len(add) - at)
-                part = add[at : at + n]
-                if part.any() and not self._merge(address + at, part.tobytes()):
-                    complete = False
-                at += n
-            return complete
+        except KernelError:
+            return False
         return True
+
+    def _merge_pages(self, address: int, add: Bits) -> None:
+        """Page by page, what can be written."""
+        at = 0
+        while at < len(add):
+            n = min(PAGE_SIZE - ((address + at) & (PAGE_SIZE - 1)), len(add) - at)
+            part = add[at : at + n]
+            if part.any():
+                self._merge(address + at, part.tobytes())
+            at += n
 
     def _advance(self, byte: int, add: Bits) -> None:
         """Moves the window on as bits set in order would have."""
