@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import resource
+
 import pytest
 
 from tools import conformance, hugepages
@@ -125,3 +127,19 @@ def test_cases_out_of_reach_are_named() -> None:
     assert hugepages.out_of_reach(cases, 0) == cases[1:]
     assert hugepages.out_of_reach(cases, 4 << 20) == cases[2:]
     assert hugepages.out_of_reach(cases, 128 << 20) == []
+
+
+def test_what_an_ordinary_user_cannot_have_is_said_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resource, "getrlimit", lambda which: (8 << 20, 8 << 20))
+    bitmap = "iommufd_dirty_tracking.domain_dirty64M_huge.get_dirty_bitmap_no_clear"
+    other = "iommufd_dirty_tracking.domain_dirty64M.enforce_dirty"
+    cases = ["iommufd.global_options", "iommufd.simple_close", bitmap, other]
+    why = conformance.not_to_be_had(cases, ordinary=True)
+    assert list(why) == ["iommufd.global_options", bitmap]
+    assert why["iommufd.global_options"] == "asks for CAP_SYS_RESOURCE"
+    assert why[bitmap] == "pins 64 MiB, RLIMIT_MEMLOCK is 8 MiB (ulimit -l)"
+
+
+def test_root_with_every_capability_can_have_everything(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(conformance, "capable", lambda capability: True)
+    assert conformance.not_to_be_had(["iommufd.global_options"], ordinary=False) == {}
