@@ -38,6 +38,7 @@ ASKS_FOR_ROOT = (
     "change_process.account_user.basic",
     "change_process.account_mm.basic",
 )
+NEEDS_DEBUGFS = "basic_fail_nth.*"  # root's alone; skipped for an ordinary user on a real kernel
 
 # These pin more than a user's usual RLIMIT_MEMLOCK (8 MiB), and fail for that on a real kernel. Pattern -> bytes.
 PINS = {
@@ -241,6 +242,8 @@ def not_to_be_had(cases: Sequence[str], ordinary: bool) -> dict[str, str]:
     why: dict[str, str] = {}
     if ordinary or not capable(CAP_SYS_RESOURCE):
         why.update(dict.fromkeys(ASKS_FOR_ROOT, "asks for CAP_SYS_RESOURCE"))
+    if ordinary:
+        why.update(dict.fromkeys(fnmatch.filter(cases, NEEDS_DEBUGFS), "asks for root (debugfs)"))
     limit = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
     if (ordinary or not capable(CAP_IPC_LOCK)) and limit != resource.RLIM_INFINITY:
         for pattern, size in PINS.items():
