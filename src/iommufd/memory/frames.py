@@ -52,11 +52,17 @@ class Source(Protocol):
 
 
 class FileUse(Protocol):
-    """Told when the first pin in a chunk of it appears and when the last one goes."""
+    """The file a chunk belongs to, told when the first pin in a chunk of it appears and when the last one goes.
+
+    ``fresh`` until its first pin has called ``obtain``."""
+
+    fresh: bool
 
     def pins_began(self) -> None: ...
 
     def pins_ended(self) -> None: ...
+
+    def obtain(self) -> bool: ...
 
 
 # (first page index, pages, source, position in the source of the first byte); ascending, disjoint.
@@ -134,6 +140,8 @@ class Chunk:
     def unpin(self, index: int, count: int) -> None:
         """Takes one pin from each of ``count`` pages from ``index`` on. They must be pinned."""
         with self._allocator.lock:
+            if count > self.pinned:
+                raise ValueError(f"{count} pages to unpin in {self!r}")
             self.pinned -= count
             self._add(index, index + count, -1)
             if not self.pinned:
@@ -302,6 +310,12 @@ class Chunk:
         with self._allocator.changed:
             self.moving = False
             self._allocator.changed.notify_all()
+
+    def in_source(self, index: int, count: int, source: Source) -> list[tuple[int, int]]:
+        """The runs (index, count) within ``[index, index + count)`` whose contents are in ``source``."""
+        with self._allocator.lock:
+            runs = [(max(at, index), min(at + n, index + count)) for at, n, where, _ in self.pieces if where is source]
+        return [(start, end - start) for start, end in runs if start < end]
 
     def place(self, index: int, count: int, source: Source | None, position: int = 0) -> None:
         """From now on the contents of pages ``[index, index+count)`` are in ``source`` (None: lost)."""

@@ -9,33 +9,15 @@ running out of huge pages must be known then (ENOMEM).
 
 from __future__ import annotations
 
-import ctypes
+import contextlib
 import errno
 import os
 
 from iommufd.errors import KernelError
 from iommufd.memory.files import FileSpace
-from iommufd.memory.frames import PAGE_SHIFT, PAGE_SIZE, Extents
+from iommufd.memory.frames import PAGE_SHIFT, Extents
+from iommufd.memory.kinds import file_kind
 from iommufd.memory.physical import Physical
-
-TMPFS_MAGIC, HUGETLBFS_MAGIC, RAMFS_MAGIC = 0x01021994, 0x958458F6, 0x858458F6
-DMA_BUF_MAGIC = 0x444D4142
-
-_libc = ctypes.CDLL(None, use_errno=True)
-_libc.fstatfs.argtypes = [ctypes.c_int, ctypes.c_char_p]
-
-
-def file_kind(fd: int) -> tuple[str, int]:
-    """The kind of file system behind ``fd`` ('shmem', 'hugetlbfs', 'ramfs', 'dmabuf' or 'other') and the order of its
-    pages."""
-    buffer = ctypes.create_string_buffer(120)
-    if _libc.fstatfs(fd, buffer):
-        return "other", 0
-    magic = int.from_bytes(buffer.raw[0:8], "little")
-    block = int.from_bytes(buffer.raw[8:16], "little")
-    if magic == HUGETLBFS_MAGIC:
-        return "hugetlbfs", max(block.bit_length() - 1 - PAGE_SHIFT, 0)
-    return {TMPFS_MAGIC: "shmem", RAMFS_MAGIC: "ramfs", DMA_BUF_MAGIC: "dmabuf"}.get(magic, "other"), 0
 
 
 class HostFile:
@@ -72,15 +54,30 @@ class HostFile:
             raise KernelError(
                 errno.EINVAL, f"file range [{start:#x}, {end - 1:#x}] passes the end of the file, {size:#x} bytes"
             )
+        if self.kind == "hugetlbfs":
+            self._allocate(start, end)
         space = self._space
         if space is None:
             space = self._space = self._physical.file_space((self.dev, self.ino, ""), self.order)
-            space.offer(self.fd)
         with self._physical.lock:
-            extents = space.resolve(first_page, npages, (0, (size - 1) // PAGE_SIZE))
+            extents = space.resolve(first_page, npages, (0, (size - 1) >> PAGE_SHIFT))
             for extent in extents:
                 extent.chunk.pin(extent.index, extent.count)
+            space.fresh = False
+            space.offer(self.fd)
         return extents
+
+    def _allocate(self, start: int, end: int) -> None:
+        with contextlib.suppress(PermissionError):  # a write seal: what is not there reads as zeroes
+            try:
+                os.posix_fallocate(self.fd, start, end - start)
+            except OSError as error:
+                if error.errno in (errno.ENOSPC, errno.ENOMEM):
+                    raise KernelError(
+                        errno.ENOMEM, f"no huge pages for file range [{start:#x}, {end - 1:#x}]"
+                    ) from None
+                if error.errno != errno.EBADF:  # not open for writing
+                    raise
 
     def close(self) -> None:
         """Gives the descriptor back; pinned frames keep their contents."""

@@ -247,7 +247,7 @@ class IntervalIndex(Generic[V]):
             if last < first or (heads and heads[0] <= last):
                 raise ValueError(f"[{first:#x}, {last:#x}] is empty or overlaps")
             if not heads:
-                group = _Group()
+                group: _Group[V] = _Group()
                 group.insert_block(0, array("Q", (first,)), array("Q", (first,)), [value], last, first)
                 self._insert_group(0, group, first)
                 self._size = 1

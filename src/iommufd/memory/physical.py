@@ -6,10 +6,17 @@ are copied.
 
 from __future__ import annotations
 
+import weakref
+from typing import TYPE_CHECKING
+
 from iommufd.memory.accounting import User
-from iommufd.memory.files import FileKey, FileSpace
-from iommufd.memory.frames import PAGE_SHIFT, Chunk, FrameAllocator
+from iommufd.memory.files import FileSpace
+from iommufd.memory.frames import PAGE_SHIFT, PAGE_SIZE, Chunk, FrameAllocator
 from iommufd.memory.store import Store
+from iommufd.memory.vma import FileKey
+
+if TYPE_CHECKING:
+    from iommufd.memory.space import AddressSpace
 
 
 class Physical:
@@ -21,6 +28,7 @@ class Physical:
         self.store = Store()
         self.files: dict[FileKey, FileSpace] = {}
         self.users: dict[int, User] = {}
+        self.spaces: weakref.WeakSet[AddressSpace] = weakref.WeakSet()
 
     def user(self, uid: int) -> User:
         """The user ``uid``, one object per machine."""
@@ -30,14 +38,17 @@ class Physical:
                 user = self.users[uid] = User(uid)
             return user
 
-    def file_space(self, key: FileKey, order: int) -> FileSpace:
-        """The file's page identities, with one more use, which :meth:`FileSpace.release` gives back."""
+    def file_space(self, key: FileKey, order: int, space: AddressSpace | None = None) -> FileSpace:
+        """The file's page identities, with one more use, which :meth:`FileSpace.release` gives back: that of an
+        interval in ``space`` if given."""
         with self.lock:
-            space = self.files.get(key)
-            if space is None:
-                space = self.files[key] = FileSpace(key, order, self.frames, self.files)
-            space.users += 1
-            return space
+            file = self.files.get(key)
+            if file is None:
+                file = self.files[key] = FileSpace(key, order, self)
+            file.users += 1
+            if space is not None:
+                file.spaces[space] = file.spaces.get(space, 0) + 1
+            return file
 
     def buffer(self, owner: object, npages: int) -> Chunk:
         """A physically contiguous, zeroed buffer of ours (a dma-buf), held once: ``chunk.drop()`` frees it."""
@@ -47,9 +58,26 @@ class Physical:
         return chunk
 
     def read(self, paddr: int, count: int) -> bytes | None:
-        """``count`` bytes at a physical address within one chunk, or None when no frame is there."""
+        """``count`` bytes at a physical address, within one block of frames; None when there is none."""
+        found = self._find(paddr, count)
+        return None if found is None else found[0].read(found[1], count)
+
+    def write(self, paddr: int, data: bytes | bytearray | memoryview) -> bool:
+        """Writes ``data`` at a physical address, within one block of frames; False when there is none."""
+        found = self._find(paddr, len(data))
+        if found is None:
+            return False
+        found[0].write(found[1], data)
+        return True
+
+    def _find(self, paddr: int, count: int) -> tuple[Chunk, int] | None:
+        """The chunk, and the byte offset in it, of ``count`` bytes that lie in one block."""
         found = self.frames.frame(paddr >> PAGE_SHIFT)
         if found is None:
             return None
         chunk, index = found
-        return chunk.read((index << PAGE_SHIFT) + (paddr & 0xFFF), count)
+        offset = (index << PAGE_SHIFT) + (paddr & (PAGE_SIZE - 1))
+        block = PAGE_SIZE << chunk.order
+        if offset // block != (offset + count - 1) // block or offset + count > chunk.npages << PAGE_SHIFT:
+            return None
+        return chunk, offset

@@ -1,9 +1,12 @@
 """ProcHost: a living Linux process as the Host of an AddressSpace, through /proc and process_vm_readv.
 
-Invariants: ``/proc/PID/mem`` and ``/proc/PID/maps`` are opened once and stay tied to the mm of that moment, so they answer
-nothing (0 bytes, ESRCH) once it exits or execs, and can never show another program's memory. ``read`` and ``write`` use
-process_vm_readv/writev, which honour page protections; ``peek`` and ``poke`` use the mem file, which does not. Works for
-the own process too: a wrong address is a short count, never a signal.
+Invariants: ``/proc/PID/mem`` and ``/proc/PID/maps`` are opened once and stay tied to the mm of that moment, so they
+answer nothing (0 bytes, ESRCH) once it exits or execs, and never show another program's memory. ``read`` and ``write``
+use process_vm_readv/writev, which honour page protections but name a process: they are for the length of a call of that
+process. ``peek`` and ``poke`` use the mem file, which does not honour protections. Works for the own process too: a wrong
+address is a short count, never a signal. Safe to call from several threads.
+
+The kernel objects are ``mm_struct`` and its VMAs.
 """
 
 from __future__ import annotations
@@ -17,134 +20,207 @@ import struct
 
 from iommufd.errors import KernelError
 from iommufd.memory.frames import PAGE_SHIFT, PAGE_SIZE
-from iommufd.memory.hostfile import file_kind
-from iommufd.memory.space import SHARED, Vma
+from iommufd.memory.kinds import Kinds, kernel_page_size
+from iommufd.memory.vma import READ, SHARED, WRITE, Vma
 
 PROCMAP_QUERY = 0xC0686611  # _IOWR('f', 17, struct procmap_query), Linux 6.11
 PROCMAP_QUERY_COVERING_OR_NEXT_VMA = 0x10
 PAGEMAP_SCAN = 0xC0606610  # _IOWR('f', 16, struct pm_scan_arg), Linux 6.7
 PAGE_IS_PRESENT, PAGE_IS_SWAPPED = 1 << 3, 1 << 4
 
-# size flags addr | start end vma_flags page_size offset inode | major minor name_size build_size | name_addr build_addr
+# struct procmap_query: size flags addr | start end vma_flags page_size offset inode | major minor name_size build_id_size
+# | name_addr build_id_addr
 _QUERY = struct.Struct("=QQQQQQQQQIIIIQQ")
+_QUESTION = _QUERY.pack(_QUERY.size, PROCMAP_QUERY_COVERING_OR_NEXT_VMA, *[0] * 13)
+_ADDR_AT, _ANSWER_AT, _NAME_SIZE_AT = 16, 24, 80
+_put_addr = struct.Struct("=Q").pack_into
+_put_name = struct.Struct("=IIQ").pack_into  # size, build id size, address
+# struct pm_scan_arg: size flags start end walk_end vec vec_len max_pages inverted mask anyof_mask return_mask
 _SCAN = struct.Struct("=12Q")
+_REGION = struct.Struct("=3Q")  # struct page_region: start end categories
 _NAME_BYTES = 4096
+_REGIONS = 512
+
+_KEPT_BYTES = 64 << 10  # copies up to this size go through a kept buffer
 
 _libc = ctypes.CDLL(None, use_errno=True)
-
-
-class _Iovec(ctypes.Structure):
-    _fields_ = (("base", ctypes.c_void_p), ("length", ctypes.c_size_t))
-
-
-_iovec_p = ctypes.POINTER(_Iovec)
-for _function in (_libc.process_vm_readv, _libc.process_vm_writev):
-    _function.argtypes = [ctypes.c_int, _iovec_p, ctypes.c_ulong, _iovec_p, ctypes.c_ulong, ctypes.c_ulong]
+_readv, _writev = _libc.process_vm_readv, _libc.process_vm_writev
+for _function in (_readv, _writev):
+    _function.argtypes = [
+        ctypes.c_int,
+        ctypes.c_void_p,
+        ctypes.c_ulong,
+        ctypes.c_void_p,
+        ctypes.c_ulong,
+        ctypes.c_ulong,
+    ]
     _function.restype = ctypes.c_ssize_t
 
 
+class _Copier:
+    """A buffer and the two iovecs of one process_vm call, laid out once."""
+
+    __slots__ = ("iov", "local", "remote", "room", "view")
+
+    def __init__(self, room: int) -> None:
+        buffer = (ctypes.c_char * room)()
+        iov = (ctypes.c_uint64 * 4)()  # local base, local length, remote base, remote length
+        self.room = room
+        self.view = memoryview(buffer).cast("B")
+        self.iov = memoryview(iov).cast("B").cast("Q")
+        self.local = ctypes.addressof(iov)
+        self.remote = self.local + 16
+        self.iov[0] = ctypes.addressof(buffer)
+
+
 class ProcHost:
-    """The process (or thread) ``pid``. KernelError(EFAULT) when its memory is closed to us; ProcessLookupError when gone."""
+    """The address space of process (or thread) ``pid`` as it is now.
+
+    ProcessLookupError when there is no such process, KernelError(EFAULT) when its memory is closed to us."""
+
+    __slots__ = ("_copiers", "_kinds", "_last", "_maps", "_mem", "_pagemap", "pid")
 
     def __init__(self, pid: int) -> None:
         self.pid = pid
+        self._mem = self._maps = self._pagemap = -1
         try:
-            self._mem = os.open(f"/proc/{pid}/mem", os.O_RDWR | os.O_CLOEXEC)
             self._maps = os.open(f"/proc/{pid}/maps", os.O_RDONLY | os.O_CLOEXEC)
-        except (PermissionError, FileNotFoundError) as error:
-            if isinstance(error, FileNotFoundError):
-                raise ProcessLookupError(errno.ESRCH, f"no process {pid}") from None
-            raise KernelError(
-                errno.EFAULT, f"the memory of process {pid} is not open to us: {error.strerror}"
-            ) from None
-        self._pagemap = -1
-        self._name = ctypes.create_string_buffer(_NAME_BYTES)
-        self._name_addr = ctypes.addressof(self._name)
-        self._kinds: dict[int, str] = {}
+            self._mem = os.open(f"/proc/{pid}/mem", os.O_RDWR | os.O_CLOEXEC)
+            with contextlib.suppress(OSError):
+                self._pagemap = os.open(f"/proc/{pid}/pagemap", os.O_RDONLY | os.O_CLOEXEC)
+        except PermissionError as error:
+            self.close()
+            raise KernelError(errno.EFAULT, f"the memory of process {pid} is closed to us: {error.strerror}") from None
+        except FileNotFoundError:
+            self.close()
+            raise ProcessLookupError(errno.ESRCH, f"no process {pid}") from None
+        self._kinds = Kinds(pid)
+        self._copiers: list[_Copier] = []
+        self._last = b"", Vma(0, 0, 0)
+
+    # ------------------------------------------------------------------------------------------------------------ VMAs
 
     def query(self, va: int) -> Vma | None:
+        """See :class:`iommufd.memory.space.Host`. The gate VMA ([vsyscall]) is above user space and not one."""
         if va >= 1 << 63:
             return None
-        buffer = bytearray(
-            _QUERY.pack(
-                104, PROCMAP_QUERY_COVERING_OR_NEXT_VMA, va, 0, 0, 0, 0, 0, 0, 0, 0, _NAME_BYTES, 0, self._name_addr, 0
-            )
-        )
+        question = bytearray(_QUESTION)
+        _put_addr(question, _ADDR_AT, va)
         try:
-            fcntl.ioctl(self._maps, PROCMAP_QUERY, buffer)
+            fcntl.ioctl(self._maps, PROCMAP_QUERY, question)
+            raw, vma = self._last
+            if question[_ANSWER_AT:] == raw and not (vma.flags & SHARED and vma.kind == "shmem"):
+                return vma
+            return self._named(va)
         except OSError as error:
             if error.errno == errno.ENOENT:
                 return None
-            if error.errno == errno.ENOTTY:
+            if error.errno in (errno.ENOTTY, errno.EINVAL):
                 return self._parse(va)
-            if error.errno == errno.ESRCH:
-                raise ProcessLookupError(errno.ESRCH, f"the address space of process {self.pid} is gone") from None
-            raise
-        _, _, _, start, end, flags, page_size, offset, ino, major, minor, name_size, _, _, _ = _QUERY.unpack(buffer)
-        if not ino and not major and not minor and name_size == 0:
-            return Vma(start, end, flags, page_size=page_size)
-        name = self._name.raw[: max(name_size - 1, 0)].decode("utf-8", "surrogateescape")
+            # ESRCH, or EBADF: closed when the space was given up
+            raise ProcessLookupError(errno.ESRCH, f"the address space of process {self.pid} is gone") from None
+
+    def _named(self, va: int) -> Vma:
+        """Asks once more, for the name too; remembers the answer.
+
+        What is shared in the kernel's own tmpfs has to be asked for every time, because only the name tells a SysV
+        segment from a memfd that has the same inode number."""
+        buffer = ctypes.create_string_buffer(_NAME_BYTES)
+        question = bytearray(_QUESTION)
+        _put_addr(question, _ADDR_AT, va)
+        _put_name(question, _NAME_SIZE_AT, _NAME_BYTES, 0, ctypes.addressof(buffer))
+        fcntl.ioctl(self._maps, PROCMAP_QUERY, question)
+        _, _, _, start, end, flags, page_size, offset, ino, major, minor, size, _, _, _ = _QUERY.unpack(question)
+        _put_name(question, _NAME_SIZE_AT, 0, 0, 0)
+        raw, vma = self._last
+        name = buffer.raw[: size - 1].decode("utf-8", "surrogateescape") if size else ""
+        answer = bytes(question[_ANSWER_AT:])
+        if answer == raw and name == vma.name:
+            return vma
         dev = os.makedev(major, minor)
-        return Vma(
-            start,
-            end,
-            flags,
-            kind=self._kind(dev, ino, name, page_size),
-            dev=dev,
-            ino=ino,
-            offset=offset,
-            name=name,
-            page_size=page_size,
-        )
+        kind = self._kinds.of(start, end, dev, ino, name, page_size)
+        vma = Vma(start, end, flags, kind=kind, dev=dev, ino=ino, offset=offset, name=name, page_size=page_size)
+        self._last = answer, vma  # one object, so that no thread pairs bytes with another's VMA
+        return vma
 
     def _parse(self, va: int) -> Vma | None:
+        """The same from the text of maps, for kernels without PROCMAP_QUERY."""
         with open(f"/proc/{self.pid}/maps", encoding="utf-8", errors="surrogateescape") as lines:
+            if not os.pread(self._maps, 1, 0):
+                raise ProcessLookupError(errno.ESRCH, f"the address space of process {self.pid} is gone")
             for line in lines:
                 words = line.rstrip("\n").split(maxsplit=5)
-                start, end = (int(word, 16) for word in words[0].split("-"))
-                if end <= va:
+                start, _, end = words[0].partition("-")
+                if int(end, 16) <= va:
                     continue
-                perms = words[1]
-                flags = sum(bit for char, bit in (("r", 1), ("w", 2), ("x", 4), ("s", 8)) if char in perms)
-                major, minor = (int(word, 16) for word in words[3].split(":"))
-                dev, ino, name = os.makedev(major, minor), int(words[4]), words[5] if len(words) > 5 else ""
-                kind = self._kind(dev, ino, name, PAGE_SIZE)
-                return Vma(start, end, flags, kind=kind, dev=dev, ino=ino, offset=int(words[2], 16), name=name)
+                if int(start, 16) >= 1 << 63:
+                    break
+                return self._parse_line(int(start, 16), int(end, 16), words)
         return None
 
-    def _kind(self, dev: int, ino: int, name: str, page_size: int) -> str:
-        if page_size > PAGE_SIZE:
-            return "hugetlbfs"
-        if name.startswith("[v") and name.rstrip("]") in ("[vvar", "[vvar_vclock", "[vsyscall"):
-            return "special"
-        if name.startswith(("/secretmem", "anon_inode:")):
-            return "special"
-        if name.startswith(("/memfd:", "/SYSV", "/dev/zero (deleted)")):
-            return "shmem"
-        if not ino:
-            return "anon"
-        return "other"
+    def _parse_line(self, start: int, end: int, words: list[str]) -> Vma:
+        flags = sum(bit for letter, bit in zip("rwxs", (1, 2, 4, SHARED), strict=True) if letter in words[1])
+        major, _, minor = words[3].partition(":")
+        dev, ino = os.makedev(int(major, 16), int(minor, 16)), int(words[4])
+        name = words[5] if len(words) > 5 else ""
+        page_size = PAGE_SIZE
+        if ino and not start % (2 << 20) and not end % (2 << 20):
+            page_size = kernel_page_size(self.pid, start, end)
+        kind = self._kinds.of(start, end, dev, ino, name, page_size)
+        offset = int(words[2], 16) if ino else 0
+        return Vma(start, end, flags, kind=kind, dev=dev, ino=ino, offset=offset, name=name, page_size=page_size)
 
-    def _transfer(self, function: object, va: int, buffer: object, count: int) -> int:
-        local = _Iovec(ctypes.addressof(buffer), count)  # type: ignore[arg-type]
-        remote = _Iovec(va, count)
-        done = function(self.pid, ctypes.byref(local), 1, ctypes.byref(remote), 1, 0)  # type: ignore[operator]
-        return max(int(done), 0)
+    # ---------------------------------------------------------------------------------------------------------- copies
 
     def read(self, va: int, count: int) -> bytes:
-        if va >= 1 << 64 or not count:
+        """The leading bytes that can be read under the page protections."""
+        if count <= 0 or va >= 1 << 64:
             return b""
-        buffer = ctypes.create_string_buffer(count)
-        done = self._transfer(_libc.process_vm_readv, va, buffer, count)
-        return buffer.raw[:done]  # .raw is a copy of now
+        pool = self._copiers
+        copier = pool.pop() if count <= _KEPT_BYTES and pool else _Copier(max(count, _KEPT_BYTES))
+        iov = copier.iov
+        iov[1] = iov[3] = count
+        iov[2] = va
+        done = _readv(self.pid, copier.local, 1, copier.remote, 1, 0)
+        data = bytes(copier.view[:done]) if done > 0 else b""
+        if copier.room == _KEPT_BYTES:
+            pool.append(copier)
+        if done < 0 and ctypes.get_errno() == errno.ESRCH:
+            return self.peek(va, self._allowed(va, count, READ))
+        return data
 
     def write(self, va: int, data: bytes | bytearray | memoryview) -> int:
-        if va >= 1 << 64 or not len(data):
+        """Writes the leading bytes that can be written under the page protections, and returns how many."""
+        count = len(data)
+        if not count or va >= 1 << 64:
             return 0
-        buffer = (ctypes.c_char * len(data)).from_buffer_copy(data)
-        return self._transfer(_libc.process_vm_writev, va, buffer, len(data))
+        pool = self._copiers
+        copier = pool.pop() if count <= _KEPT_BYTES and pool else _Copier(max(count, _KEPT_BYTES))
+        copier.view[:count] = data
+        iov = copier.iov
+        iov[1] = iov[3] = count
+        iov[2] = va
+        done: int = _writev(self.pid, copier.local, 1, copier.remote, 1, 0)
+        if copier.room == _KEPT_BYTES:
+            pool.append(copier)
+        if done < 0 and ctypes.get_errno() == errno.ESRCH:
+            return self.poke(va, data[: self._allowed(va, count, WRITE)])
+        return max(done, 0)
+
+    def _allowed(self, va: int, count: int, need: int) -> int:
+        """How many leading bytes of ``[va, va + count)`` are mapped with ``need``: for an mm whose first thread is gone
+        while others live, which process_vm does not find any more."""
+        at, end = va, va + count
+        with contextlib.suppress(ProcessLookupError):
+            while at < end:
+                vma = self.query(at)
+                if vma is None or vma.start > at or not vma.flags & need:
+                    break
+                at = min(end, vma.end)
+        return at - va
 
     def peek(self, va: int, count: int) -> bytes:
+        """The leading bytes that are there, whatever the page protections."""
         if va >= 1 << 63:
             return b""
         try:
@@ -153,6 +229,7 @@ class ProcHost:
             return b""
 
     def poke(self, va: int, data: bytes | bytearray | memoryview) -> int:
+        """Writes the leading bytes whose pages are there, whatever the page protections."""
         if va >= 1 << 63:
             return 0
         try:
@@ -161,42 +238,87 @@ class ProcHost:
             return 0
 
     def touched(self, va: int, end: int) -> list[tuple[int, int]]:
-        return [(va, end)]
+        """The parts of ``[va, end)`` that are mapped and may hold something else than zeroes.
+
+        Of anonymous memory those are the pages ever touched (all, where PAGEMAP_SCAN is missing), of files all."""
+        found: list[tuple[int, int]] = []
+        try:
+            while va < end:
+                vma = self.query(va)
+                if vma is None or vma.start >= end:
+                    break
+                start, stop = max(va, vma.start), min(end, vma.end)
+                found += self._scan(start, stop) if not vma.ino else [(start, stop)]
+                va = stop
+        except ProcessLookupError:
+            return []
+        return found
+
+    def _scan(self, start: int, end: int) -> list[tuple[int, int]]:
+        regions = (ctypes.c_char * (_REGIONS * _REGION.size))()
+        found: list[tuple[int, int]] = []
+        mask = PAGE_IS_PRESENT | PAGE_IS_SWAPPED
+        while start < end:
+            question = bytearray(
+                _SCAN.pack(_SCAN.size, 0, start, end, 0, ctypes.addressof(regions), _REGIONS, 0, 0, 0, mask, mask)
+            )
+            try:
+                count = fcntl.ioctl(self._pagemap, PAGEMAP_SCAN, question)
+            except OSError:
+                return [*found, (start, end)]
+            for at in range(0, count * _REGION.size, _REGION.size):
+                first, last, _ = _REGION.unpack_from(regions, at)
+                if found and found[-1][1] == first:
+                    found[-1] = found[-1][0], last
+                else:
+                    found.append((first, last))
+            start = _SCAN.unpack(question)[4]
+        return found
+
+    # ---------------------------------------------------------------------------------------------------------- others
 
     def open_file(self, vma: Vma) -> int | None:
-        """Through map_files (root) or any descriptor of the process that is the same inode."""
-        with contextlib.suppress(OSError):
-            return os.open(f"/proc/{self.pid}/map_files/{vma.start:x}-{vma.end:x}", os.O_RDWR | os.O_CLOEXEC)
-        with contextlib.suppress(OSError):
-            for number in os.listdir(f"/proc/{self.pid}/fd"):
-                path = f"/proc/{self.pid}/fd/{number}"
-                with contextlib.suppress(OSError):
-                    status = os.stat(path)
-                    if (status.st_dev, status.st_ino) == (vma.dev, vma.ino):
-                        return os.open(path, os.O_RDWR | os.O_CLOEXEC)
-        return None
+        """The file ``vma`` maps, for reading and writing if possible: by map_files (privileged), or by any descriptor of
+        the process that is the same file."""
+        fd = _open_same(f"/proc/{self.pid}/map_files/{vma.start:x}-{vma.end:x}", vma)
+        if fd is None:
+            with contextlib.suppress(OSError):
+                for number in os.listdir(f"/proc/{self.pid}/fd"):
+                    fd = _open_same(f"/proc/{self.pid}/fd/{number}", vma)
+                    if fd is not None:
+                        break
+        return fd
 
     def mlocked_pages(self) -> int:
-        with (
-            contextlib.suppress(OSError),
-            open(f"/proc/{self.pid}/status", encoding="ascii", errors="replace") as lines,
-        ):
-            for line in lines:
-                if line.startswith("VmLck:"):
-                    return int(line.split()[1]) * 1024 >> PAGE_SHIFT
+        """VmLck: what the process itself has locked."""
+        with contextlib.suppress(OSError), open(f"/proc/{self.pid}/status", "rb") as status:
+            for line in status:
+                if line.startswith(b"VmLck:"):
+                    return int(line.split()[1]) << 10 >> PAGE_SHIFT
         return 0
 
     def alive(self) -> bool:
+        """Whether the mm still exists."""
         try:
-            return self.query(0) is not None
+            return bool(os.pread(self._maps, 1, 0))
         except OSError:
             return False
 
     def close(self) -> None:
-        for fd in (self._mem, self._maps, self._pagemap):
+        """Gives the descriptors back; the host answers as one that is gone."""
+        fds = self._mem, self._maps, self._pagemap
+        self._mem = self._maps = self._pagemap = -1
+        for fd in fds:
             if fd >= 0:
                 os.close(fd)
-        self._mem = self._maps = self._pagemap = -1
 
 
-__all__ = ["SHARED", "ProcHost", "file_kind"]
+def _open_same(path: str, vma: Vma) -> int | None:
+    """Opens ``path``, if it is the very file that ``vma`` maps."""
+    with contextlib.suppress(OSError):
+        status = os.stat(path)
+        if status.st_ino == vma.ino and status.st_dev == vma.dev:
+            for flags in (os.O_RDWR, os.O_RDONLY):
+                with contextlib.suppress(OSError):
+                    return os.open(path, flags | os.O_CLOEXEC)
+    return None

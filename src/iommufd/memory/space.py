@@ -1,115 +1,40 @@
 """AddressSpace: what an mm's virtual addresses mean as frames, from the first pin on.
 
 Invariants. Private memory (anonymous, and private file mappings, which a long-term pin unshares) takes its frames from
-chunks of this space; shared mappings take them from the file's FileSpace. ``_index`` maps page intervals of VA to them;
-an interval appears when something in its VMA is first pinned and then covers as much of the VMA as is not yet covered,
-so a million pins in one buffer cost one chunk. An interval goes when its addresses do: the interposer announces
-``unmap``, ``move`` and ``gone`` *before* the call happens; frames that are still pinned keep their contents, which are
-copied into the machine's store first. Without announcements (own process, ``--no-pin-tracking``) a VA that was unmapped
-and mapped again the same way still means its old frame.
+chunks of this space; shared mappings take them from the file's FileSpace. ``_index`` maps page intervals of VA to them.
+An interval appears when something in its VMA is first pinned and then covers what of the VMA is not yet covered (up to
+``WINDOW_PAGES`` around the pages asked for), so a million pins in one buffer cost one chunk. It goes when its addresses do:
+the interposer announces ``unmap``, ``move`` and ``gone`` *before* the call happens; frames still pinned keep their
+contents, which are copied into the machine's store first. Only ranges with pins need be announced, for frames that
+nobody has pinned may as well serve the next mapping. Without announcements (own process, ``--no-pin-tracking``) a VA that
+was unmapped and mapped again the same way still means its old frame.
 
-Pinning touches no page: a VMA is asked for its permissions and kind, nothing else (a file-backed range has its last page
-touched once, to know that the file reaches that far). ``_lock`` guards ``_index``; it is taken before ``Physical.lock`` and
-never held while bytes are copied.
+Pinning touches no page: a VMA is asked for its permissions and kind, nothing else (of a file mapping the last page is
+touched, to know that the file reaches that far). ``_lock`` guards ``_index``; it is taken before ``Physical.lock``, never
+together with another space's, and never held while contents are copied.
 
-The kernel objects are ``mm_struct`` and ``vm_area_struct``; the rules are those of pin_user_pages(FOLL_LONGTERM).
+The kernel objects are ``mm_struct`` and its VMAs; the rules are those of pin_user_pages(FOLL_LONGTERM).
 """
 
 from __future__ import annotations
 
 import errno
 import threading
-from typing import Protocol
+from collections.abc import Callable, Iterator
 
 from iommufd.errors import KernelError
 from iommufd.memory.extents import join
-from iommufd.memory.files import FileKey, FileSpace, View
+from iommufd.memory.files import FileSpace
 from iommufd.memory.frames import PAGE_SHIFT, PAGE_SIZE, Chunk, Extent, Extents
 from iommufd.memory.intervals import IntervalIndex
 from iommufd.memory.physical import Physical
+from iommufd.memory.vma import EXEC, READ, SHARED, WRITE, Host, Vma, check_pin
 
-READ, WRITE, EXEC, SHARED = 1, 2, 4, 8  # Vma.flags, as PROCMAP_QUERY_VMA_*
+__all__ = ["EXEC", "READ", "SHARED", "WRITE", "AddressSpace", "Host", "Vma"]
 
 WINDOW_PAGES = 1 << 24  # 64 GiB: how far around the pages asked for a new chunk reaches within its VMA
-COPY_BYTES = 4 << 20  # how much is copied at a time when contents are rescued
-
-
-class Vma:
-    """One mapping ``[start, end)``: ``struct vm_area_struct`` as /proc tells it.
-
-    ``flags`` are READ, WRITE, EXEC, SHARED. ``dev`` (as st_dev), ``ino`` and ``offset`` (bytes) are those of the file, 0
-    without one. ``kind`` is 'anon', 'shmem', 'hugetlbfs', 'ramfs', 'other' (a file system that tracks dirty pages) or
-    'special' (VM_IO, VM_PFNMAP, secretmem: cannot be pinned).
-    """
-
-    __slots__ = ("dev", "end", "flags", "ino", "kind", "name", "offset", "page_size", "start")
-
-    def __init__(
-        self,
-        start: int,
-        end: int,
-        flags: int,
-        *,
-        kind: str = "anon",
-        dev: int = 0,
-        ino: int = 0,
-        offset: int = 0,
-        name: str = "",
-        page_size: int = PAGE_SIZE,
-    ) -> None:
-        self.start = start
-        self.end = end
-        self.flags = flags
-        self.kind = kind
-        self.dev = dev
-        self.ino = ino
-        self.offset = offset
-        self.name = name
-        self.page_size = page_size
-
-    def __repr__(self) -> str:
-        perms = "".join(c if self.flags & bit else "-" for c, bit in (("r", READ), ("w", WRITE), ("x", EXEC)))
-        shared = "s" if self.flags & SHARED else "p"
-        return f"<Vma {self.start:#x}-{self.end:#x} {perms}{shared} {self.kind} {self.name}>"
-
-    @property
-    def file_key(self) -> FileKey:
-        """What names the file behind a shared mapping."""
-        return self.dev, self.ino, self.name if self.name.startswith("/SYSV") else ""
-
-
-class Host(Protocol):
-    """The process behind an AddressSpace. Methods may be called by several threads at once."""
-
-    def query(self, va: int) -> Vma | None:
-        """The VMA that contains ``va``, else the next above it; None when there is none. ProcessLookupError when the
-        address space is gone (exit or exec)."""
-
-    def read(self, va: int, count: int) -> bytes:
-        """The leading bytes of ``[va, va + count)`` that can be read under the page protections, perhaps none."""
-
-    def write(self, va: int, data: bytes | bytearray | memoryview) -> int:
-        """Writes the leading bytes that can be written under the page protections; how many."""
-
-    def peek(self, va: int, count: int) -> bytes:
-        """As ``read``, whatever the protections are: what a device sees."""
-
-    def poke(self, va: int, data: bytes | bytearray | memoryview) -> int:
-        """As ``write``, whatever the protections are."""
-
-    def touched(self, va: int, end: int) -> list[tuple[int, int]]:
-        """The ranges ``(start, end)`` within ``[va, end)`` that may hold something else than zeroes."""
-
-    def open_file(self, vma: Vma) -> int | None:
-        """A new descriptor of the file that ``vma`` maps, or None when it cannot be had."""
-
-    def mlocked_pages(self) -> int:
-        """Pages the process itself has locked (mlock)."""
-
-    def alive(self) -> bool:
-        """False once the address space has been given up by exit or exec."""
-
-    def close(self) -> None: ...
+COPY_BYTES = 1 << 20  # how much is copied at a time when contents are rescued
+PAGE_END = 1 << (64 - PAGE_SHIFT)
 
 
 class LiveMemory:
@@ -122,15 +47,23 @@ class LiveMemory:
 
     def load(self, position: int, count: int) -> bytes:
         data = self.host.peek(position, count)
-        if len(data) != count:
-            raise KernelError(errno.EFAULT, f"{count} bytes at {position:#x} are gone from their process")
+        while len(data) < count:
+            more = self.host.peek(position + len(data), count - len(data))
+            if not more:
+                raise KernelError(errno.EFAULT, f"address {position + len(data):#x} is gone from its process")
+            data += more
         return data
 
     def save(self, position: int, data: bytes | bytearray | memoryview) -> None:
-        if self.host.poke(position, data) != len(data):
-            raise KernelError(errno.EFAULT, f"{len(data)} bytes at {position:#x} are gone from their process")
+        done = self.host.poke(position, data)
+        while done < len(data):
+            more = self.host.poke(position + done, memoryview(data)[done:])
+            if not more:
+                raise KernelError(errno.EFAULT, f"address {position + done:#x} is gone from its process")
+            done += more
 
     def view(self, position: int, count: int) -> memoryview | None:
+        """None: another process's memory cannot be had by reference."""
         return None
 
     def forget(self, position: int, count: int) -> None:
@@ -138,22 +71,53 @@ class LiveMemory:
 
 
 class Held:
-    """Value of a VA interval: its first page is page ``index`` of ``chunk``. ``file`` is set for shared mappings, with
+    """Value of a VA interval: its first page is page ``index`` of ``chunk``. For shared mappings ``file`` is set, and
     ``delta`` = file page minus VA page."""
 
     __slots__ = ("chunk", "delta", "file", "index")
 
-    def __init__(self, chunk: Chunk, index: int, file: FileSpace | None = None, delta: int = 0) -> None:
+    def __init__(self, chunk: Chunk, index: int, file: FileSpace | None, delta: int) -> None:
         self.chunk = chunk
         self.index = index
         self.file = file
         self.delta = delta
 
+    def means(self, vma: Vma) -> bool:
+        """Whether ``vma`` still is what the interval was made for."""
+        file = self.file
+        if PAGE_SIZE << self.chunk.order != vma.page_size:
+            return False
+        if file is None:
+            return not vma.flags & SHARED
+        return (
+            vma.flags & SHARED != 0
+            and self.delta == (vma.offset - vma.start) >> PAGE_SHIFT
+            and file.key == vma.file_key
+        )
+
+
+Part = tuple[Held, int, int, int]  # an interval; page index in its chunk, pages, VA page: a part of it
+
 
 class AddressSpace:
-    """One mm. ``pinned_vm`` and ``locked_vm`` are its page counters (VmPin, and VmLck beside the process's own mlock)."""
+    """One mm. ``pinned_vm`` and ``locked_vm`` are its page counters (VmPin, and VmLck beside what it locked itself);
+    ``alive`` until exit or exec. ``guard_check(start, end)`` tells whether a range has guard regions; who sees
+    MADV_GUARD_INSTALL sets it."""
 
-    __slots__ = ("_index", "_live", "_lock", "_physical", "alive", "host", "locked_vm", "name", "pinned_vm")
+    __slots__ = (
+        "__weakref__",
+        "_index",
+        "_live",
+        "_lock",
+        "_physical",
+        "_saved",
+        "alive",
+        "guard_check",
+        "host",
+        "locked_vm",
+        "name",
+        "pinned_vm",
+    )
 
     def __init__(self, physical: Physical, host: Host, name: str = "process") -> None:
         self.host = host
@@ -161,15 +125,18 @@ class AddressSpace:
         self.alive = True
         self.pinned_vm = 0
         self.locked_vm = 0
+        self.guard_check: Callable[[int, int], bool] | None = None
         self._physical = physical
         self._live = LiveMemory(host)
         self._index: IntervalIndex[Held] = IntervalIndex()
         self._lock = threading.Lock()
+        self._saved: list[tuple[Chunk, int, int, int]] = []  # chunk, page index, pages, position in the store
+        physical.spaces.add(self)
 
     def __repr__(self) -> str:
-        return f"<AddressSpace {self.name}>"
+        return f"<AddressSpace of {self.name}>"
 
-    # ------------------------------------------------------------------------------------------------------- user copies
+    # ----------------------------------------------------------------------------------------------------- user copies
 
     def read(self, va: int, count: int) -> bytes:
         """``count`` bytes at ``va`` under the page protections; KernelError(EFAULT) unless all can be read."""
@@ -188,19 +155,24 @@ class AddressSpace:
         """Pages the process has locked by itself: the part of VmLck that is not ours."""
         return self.host.mlocked_pages()
 
-    # ---------------------------------------------------------------------------------------------------------- pinning
+    # --------------------------------------------------------------------------------------------------------- pinning
 
     def pin(self, va: int, npages: int, write: bool, *, current: bool = True) -> Extents:
         """Long-term pin of ``npages`` whole pages from the one that contains ``va``, all or nothing (core 5.5).
 
         ``write`` pins for writing. ``current`` says that the space is the calling thread's own. KernelError: EFAULT where
-        a page cannot be pinned or the space is gone; EOVERFLOW when the range wraps 2**64 (for the current process);
+        a page cannot be pinned or the space is gone; EOVERFLOW when the range wraps 2**64 (current process only);
         ENOMEM without frames. :func:`iommufd.memory.extents.unpin_extents` undoes it, also when the space is gone.
         """
         with self._lock:
             extents = self._resolve(va >> PAGE_SHIFT, npages, write, True, current)
             for extent in extents:
                 extent.chunk.pin(extent.index, extent.count)
+        for extent in extents:
+            file = extent.chunk.file
+            if file is not None and file.fresh:
+                file.fresh = False
+                file.obtain()
         return extents
 
     def look(self, va: int, npages: int, write: bool = False) -> Extents:
@@ -210,191 +182,261 @@ class AddressSpace:
 
     def _resolve(self, page: int, npages: int, write: bool, long_term: bool, current: bool) -> Extents:
         end = page + npages
-        # core 5.5 rows in order of the pages; the range itself comes first
-        if end >= 1 << (64 - PAGE_SHIFT):
-            number = errno.EOVERFLOW if current and long_term else errno.EFAULT
-            raise KernelError(number, f"{npages} pages from {page << PAGE_SHIFT:#x} wrap 2**64")
-        if not self.alive:
+        if end >= PAGE_END:  # core 5.5, row "end of the page range wraps"
+            number = errno.EOVERFLOW if current else errno.EFAULT
+            raise KernelError(number, f"{npages} pages from {page << PAGE_SHIFT:#x} on wrap 2**64")
+        if not self.alive:  # row "source address space gone"
             raise KernelError(errno.EFAULT, f"the address space of {self.name} is gone")
         found: list[Extent] = []
-        while page < end:
-            vma = self._vma(page << PAGE_SHIFT)
-            stop = min(end, vma.end >> PAGE_SHIFT)
-            check_pin(vma, page << PAGE_SHIFT, write, long_term)
-            if vma.ino and not self.host.peek((stop - 1) << PAGE_SHIFT, 1):
-                raise KernelError(errno.EFAULT, f"address {(stop - 1) << PAGE_SHIFT:#x} is beyond the end of its file")
-            while page < stop:
-                first, last, held = self._held(vma, page, stop)
-                n = min(stop, last + 1) - page
-                found.append(Extent(held.chunk, held.index + page - first, n))
-                page += n
-        return join(found)
-
-    def _vma(self, va: int) -> Vma:
         try:
-            vma = self.host.query(va)
+            while page < end:
+                va = page << PAGE_SHIFT
+                vma = self.host.query(va)
+                if vma is None or vma.start > va:  # row "no VMA"
+                    raise KernelError(errno.EFAULT, f"nothing is mapped at {va:#x} of {self.name}")
+                check_pin(vma, va, write, long_term)
+                stop = min(end, vma.end >> PAGE_SHIFT)
+                if self.guard_check is not None and self.guard_check(va, stop << PAGE_SHIFT):
+                    raise KernelError(errno.EFAULT, f"a guard region lies within {va:#x}-{stop << PAGE_SHIFT:#x}")
+                if vma.ino and not self.host.peek((stop - 1) << PAGE_SHIFT, 1):  # row "beyond mapped file EOF"
+                    raise KernelError(errno.EFAULT, f"{(stop - 1) << PAGE_SHIFT:#x} is beyond the end of {vma.name}")
+                while page < stop:
+                    first, last, held = self._held(vma, page, stop)
+                    n = min(stop, last + 1) - page
+                    found.append(Extent(held.chunk, held.index + page - first, n))
+                    page += n
         except ProcessLookupError:
             self.alive = False
             raise KernelError(errno.EFAULT, f"the address space of {self.name} is gone") from None
-        if vma is None or vma.start > va:
-            raise KernelError(errno.EFAULT, f"nothing is mapped at {va:#x} of {self.name}")
-        return vma
+        return join(found) if len(found) > 1 else tuple(found)
 
     def _held(self, vma: Vma, page: int, stop: int) -> tuple[int, int, Held]:
-        """The interval of page ``page`` (``stop``: end of the pages asked for in this VMA), made if need be."""
+        """The interval of ``page``, made if need be; ``stop`` is the end of the pages asked for in this VMA."""
         found = self._index.find(page)
+        first_page, last_page = vma.start >> PAGE_SHIFT, (vma.end >> PAGE_SHIFT) - 1
         if found is not None:
-            held = found[2]
-            if held.file is None:
-                same = not vma.flags & SHARED
-            else:
-                delta = (vma.offset - vma.start) >> PAGE_SHIFT
-                same = bool(vma.flags & SHARED) and held.delta == delta and held.file.key == vma.file_key
-            if same and PAGE_SIZE << held.chunk.order == vma.page_size:
+            if found[2].means(vma):
                 return found
-            # Unmapped and mapped anew without a word to us: what was pinned here is lost.
-            self._drop(max(found[0], vma.start >> PAGE_SHIFT), min(found[1], (vma.end >> PAGE_SHIFT) - 1))
-        order = vma.page_size.bit_length() - 1 - PAGE_SHIFT
+            # Unmapped and mapped anew without a word to us: what is still pinned there is lost.
+            self._drop(max(found[0], first_page), min(found[1], last_page))
+        block, window = 1 << vma.order, page & -WINDOW_PAGES
+        first = min(page, max(first_page, window)) & -block
+        last = max(stop - 1, min(last_page, window + WINDOW_PAGES - 1)) | (block - 1)
         below, above = self._index.neighbours(page, page)
-        window = page & -WINDOW_PAGES
-        first = min(page, max(vma.start >> PAGE_SHIFT, window)) & -(1 << order)
-        last = max(stop - 1, min((vma.end >> PAGE_SHIFT) - 1, window + WINDOW_PAGES - 1)) | ((1 << order) - 1)
-        if below:
-            first = max(first, below[1] + 1)
-        if above:
-            last = min(last, above[0] - 1)
-        if not vma.flags & SHARED:
-            chunk = self._physical.frames.chunk(self.name, last - first + 1, order)
-            chunk.pieces = [(0, chunk.npages, self._live, first << PAGE_SHIFT)]
-            chunk.resolve_from(1)
-            held = Held(chunk, 0)
-            self._index.insert(first, last, held)
-            return first, last, held
-        return self._share(vma, page, first, last, order)
+        if below and below[1] >= first:
+            first = below[1] + 1
+        if above and above[0] <= last:
+            last = above[0] - 1
+        if first & (block - 1) or (last + 1) & (block - 1):  # a stale interval cuts a huge page: it goes
+            first, last = page & -block, page | (block - 1)
+            self._drop(first, last)
+        if vma.flags & SHARED:
+            self._share(vma, first, last)
+        else:
+            chunk = self._physical.frames.chunk(self.name, last - first + 1, vma.order)
+            chunk.place(0, chunk.npages, self._live, first << PAGE_SHIFT)
+            self._hold(first, last, Held(chunk, 0, None, 0))
+        found = self._index.find(page)
+        assert found is not None
+        return found
 
-    def _share(self, vma: Vma, page: int, first: int, last: int, order: int) -> tuple[int, int, Held]:
+    def _share(self, vma: Vma, first: int, last: int) -> None:
+        """Makes intervals for pages ``[first, last]`` of a shared mapping."""
         delta = (vma.offset - vma.start) >> PAGE_SHIFT
-        result: tuple[int, int, Held] | None = None
-        file = self._physical.file_space(vma.file_key, order)
+        file = self._physical.file_space(vma.file_key, vma.order)
         try:
             for extent in file.resolve(first + delta, last - first + 1, (first + delta, last + delta)):
-                held = Held(extent.chunk, extent.index, self._physical.file_space(vma.file_key, order), delta)
-                end = first + extent.count - 1
-                extent.chunk.resolve_from(1)
-                self._index.insert(first, end, held)
-                with self._physical.lock:
-                    file.views.append(View(self.host, first << PAGE_SHIFT, first + delta, extent.count))
-                if first <= page <= end:
-                    result = first, end, held
-                first = end + 1
+                self._hold(first, first + extent.count - 1, Held(extent.chunk, extent.index, file, delta))
+                first += extent.count
         finally:
             file.release()
-        assert result is not None
-        return result
 
-    # ----------------------------------------------------------------------------------------------------------- events
-
-    def has_pins(self, start: int, end: int) -> bool:
-        """Whether any page of ``[start, end)`` has frames that are pinned. Fast: one look when nothing was pinned here."""
-        if not self._index:
-            return False
-        with self._lock:
-            first, last = start >> PAGE_SHIFT, (end - 1) >> PAGE_SHIFT
-            return any(
-                held.chunk.has_pins(held.index + max(low, first) - low, held.index + min(high, last) + 1 - low)
-                for low, high, held in self._index.items(first, last)
-            )
-
-    def unmap(self, start: int, end: int) -> None:
-        """``[start, end)`` is about to lose its pages (munmap, mmap over it, MADV_DONTNEED, brk, shmdt).
-
-        Pinned contents are copied into the store first. Nothing fails: contents that cannot be read are lost."""
-        if not self._index:
-            return
-        first, last = start >> PAGE_SHIFT, (end - 1) >> PAGE_SHIFT
-        with self._lock:
-            work = [
-                (held, held.index + max(low, first) - low, min(high, last) + 1 - max(low, first), max(low, first))
-                for low, high, held in self._index.items(first, last)
-            ]
-        for held, index, count, page in work:
-            if held.file is None:
-                for at, n in held.chunk.pinned_in(index, index + count):
-                    self._rescue(held.chunk, at, n, page + at - index)
-        with self._lock:
-            self._drop(first, last)
-
-    def move(self, old: int, new: int, length: int) -> None:
-        """mremap moves ``[old, old + length)`` to ``new``; the frames go with it. What was at ``new`` must have been
-        announced by ``unmap`` before."""
-        first, last, by = old >> PAGE_SHIFT, (old + length - 1) >> PAGE_SHIFT, (new - old) >> PAGE_SHIFT
-        with self._lock:
-            moved: list[tuple[int, int, Held]] = []
-            for low, high, held in list(self._index.items(first, last)):
-                self._index.remove(low)
-                for begin, end in ((low, first - 1), (last + 1, high)):
-                    if begin <= end:
-                        self._index.insert(
-                            begin, end, Held(held.chunk, held.index + begin - low, held.file, held.delta)
-                        )
-                        held.chunk.resolve_from(1)
-                        if held.file is not None:
-                            self._physical.file_space(held.file.key, held.file.order)
-                begin, end = max(low, first), min(high, last)
-                moved.append((begin, end, Held(held.chunk, held.index + begin - low, held.file, held.delta - by)))
-            for begin, end, held in moved:
-                self._index.insert(begin + by, end + by, held)
-                if held.file is None:
-                    held.chunk.place(held.index, end - begin + 1, self._live, (begin + by) << PAGE_SHIFT)
-
-    def gone(self, rescue: bool = True) -> None:
-        """The last user of the address space exits or execs. ``rescue=False`` when nobody else holds a pin."""
-        self.alive = False
-        if rescue:
-            self.unmap(0, 1 << 64)
-        else:
-            with self._lock:
-                self._drop(0, (1 << (64 - PAGE_SHIFT)) - 1)
-        self.host.close()
-
-    def _rescue(self, chunk: Chunk, index: int, count: int, page: int) -> None:
-        store = self._physical.store
-        va = page << PAGE_SHIFT
-        chunk.move_begin()
-        try:
-            position = store.reserve(count)
-            for begin, end in self.host.touched(va, va + (count << PAGE_SHIFT)):
-                for at in range(begin, end, COPY_BYTES):
-                    data = self.host.peek(at, min(COPY_BYTES, end - at))
-                    if data:
-                        store.save(position + at - va, data)
-            chunk.place(index, count, store, position)
-        finally:
-            chunk.move_end()
+    def _hold(self, first: int, last: int, held: Held) -> None:
+        self._index.insert(first, last, held)
+        held.chunk.resolve_from(1)
+        if held.file is not None:
+            self._physical.file_space(held.file.key, held.file.order, self)
 
     def _drop(self, first: int, last: int) -> None:
-        """Takes pages ``[first, last]`` out of the index. Called with ``_lock`` held."""
+        """Takes pages ``[first, last]`` out of the index; contents that only their addresses gave are lost."""
         for low, high, held in list(self._index.items(first, last)):
             self._index.remove(low)
             for begin, end in ((low, first - 1), (last + 1, high)):
                 if begin <= end:
-                    self._index.insert(begin, end, Held(held.chunk, held.index + begin - low, held.file, held.delta))
-                    held.chunk.resolve_from(1)
-                    if held.file is not None:
-                        self._physical.file_space(held.file.key, held.file.order)
+                    self._hold(begin, end, Held(held.chunk, held.index + begin - low, held.file, held.delta))
+            begin, count = max(low, first), min(high, last) - max(low, first) + 1
+            if held.file is None:
+                for index, n in held.chunk.in_source(held.index + begin - low, count, self._live):
+                    held.chunk.place(index, n, None)
             held.chunk.resolve_from(-1)
             if held.file is not None:
-                held.file.release()
+                held.file.release(self)
 
+    # ---------------------------------------------------------------------------------------------------------- events
 
-def check_pin(vma: Vma, va: int, write: bool, long_term: bool) -> None:
-    """core 5.5: whether a page of ``vma`` may be pinned (``long_term``) or faulted in; KernelError(EFAULT) if not."""
-    if vma.kind == "special":
-        raise KernelError(errno.EFAULT, f"{va:#x} lies in {vma!r}, which cannot be pinned")
-    if write:
-        if not vma.flags & WRITE:
-            raise KernelError(errno.EFAULT, f"{va:#x} is to be written and lies in {vma!r}")
-        if long_term and vma.flags & SHARED and vma.kind == "other":
-            raise KernelError(errno.EFAULT, f"{va:#x} is to be written and lies in a shared file mapping, {vma!r}")
-    elif not vma.flags & READ:
-        raise KernelError(errno.EFAULT, f"{va:#x} is to be read and lies in {vma!r}")
+    def has_pins(self, start: int, end: int) -> bool:
+        """Whether any page in bytes ``[start, end)`` has frames that are pinned. One look when nothing was pinned."""
+        if not len(self._index) or start >= end:
+            return False
+        with self._lock:
+            parts = self._parts(start >> PAGE_SHIFT, (end - 1) >> PAGE_SHIFT)
+            return any(held.chunk.has_pins(index, index + count) for held, index, count, _ in parts)
+
+    def unmap(self, start: int, end: int) -> None:
+        """Bytes ``[start, end)`` are about to lose their pages (munmap, mmap over it, MADV_DONTNEED, brk, shmdt).
+
+        Pinned contents are copied into the store first. Cannot fail: contents that cannot be read are lost."""
+        if not len(self._index) or start >= end:
+            return
+        first, last = start >> PAGE_SHIFT, (end - 1) >> PAGE_SHIFT
+        with self._lock:
+            shared = [part for part in self._pinned(first, last) if part[0].file is not None]
+        for held, index, count, page in shared:
+            assert held.file is not None
+            if not held.file.reachable(page + held.delta, count, self):
+                self._rescue(held.chunk, index, count, page)
+        while True:
+            with self._lock:
+                private = [part for part in self._pinned(first, last) if part[0].file is None]
+                if not private:
+                    self._drop(first, last)
+                    return
+            for held, index, count, page in private:
+                self._rescue(held.chunk, index, count, page)
+
+    def move(self, old: int, new: int, length: int) -> None:
+        """mremap moves bytes ``[old, old + length)`` to ``new``; the frames go with it. Pins in what was at ``new`` must
+        have been announced by :meth:`unmap` before."""
+        first, last, by = old >> PAGE_SHIFT, (old + length - 1) >> PAGE_SHIFT, (new - old) >> PAGE_SHIFT
+        with self._lock:
+            moved = [
+                (page, page + count - 1, Held(held.chunk, index, held.file, held.delta - by))
+                for held, index, count, page in self._parts(first, last)
+            ]
+            chunks = list(dict.fromkeys(held.chunk for _, _, held in moved if held.file is None))
+            for chunk in chunks:
+                chunk.move_begin()
+            try:
+                pieces = [
+                    (held.chunk, index, n, (low + by + index - held.index) << PAGE_SHIFT)
+                    for low, high, held in moved
+                    if held.file is None
+                    for index, n in held.chunk.in_source(held.index, high - low + 1, self._live)
+                ]
+                self._drop(first + by, last + by)
+                for low, high, held in moved:
+                    self._hold(low + by, high + by, held)
+                self._drop(first, last)
+                for chunk, index, n, va in pieces:
+                    chunk.place(index, n, self._live, va)
+            finally:
+                for chunk in chunks:
+                    chunk.move_end()
+
+    def save(self) -> None:
+        """An exec is about to be tried: copies what is pinned aside, for :meth:`gone` when the exec has happened. The
+        addresses stay what they are until then; a failed exec costs the copy only, till the next one."""
+        self._forget_saved()
+        with self._lock:
+            parts = [part for part in self._pinned(0, PAGE_END - 1) if part[0].file is None]
+        for held, index, count, page in parts:
+            held.chunk.move_begin()
+            try:
+                position = self._copy_out(page << PAGE_SHIFT, count)
+            finally:
+                held.chunk.move_end()
+            if position is not None:
+                self._saved.append((held.chunk, index, count, position))
+
+    def gone(self, rescue: bool = True) -> None:
+        """The last user of the address space exits or has exec'ed. ``rescue=False`` when nobody else holds a pin.
+
+        What is pinned is copied out if the memory is still there, else taken from :meth:`save`, else lost."""
+        self.alive = False
+        if rescue and self.host.alive():
+            self.unmap(0, PAGE_END << PAGE_SHIFT)
+        with self._lock:
+            store, saved = self._physical.store, self._saved
+            self._saved = []
+            for chunk, index, count, position in saved:
+                unused = index
+                for at, n in chunk.in_source(index, count, self._live):
+                    if chunk.has_pins(at, at + n):
+                        chunk.place(at, n, store, position + ((at - index) << PAGE_SHIFT))
+                        store.forget(position + ((unused - index) << PAGE_SHIFT), (at - unused) << PAGE_SHIFT)
+                        unused = at + n
+                store.forget(position + ((unused - index) << PAGE_SHIFT), (index + count - unused) << PAGE_SHIFT)
+            self._drop(0, PAGE_END - 1)
+        self.host.close()
+
+    def _forget_saved(self) -> None:
+        saved, self._saved = self._saved, []
+        for _, _, count, position in saved:
+            self._physical.store.forget(position, count << PAGE_SHIFT)
+
+    # --------------------------------------------------------------------------------------------------------- helpers
+
+    def windows(self, file: FileSpace) -> list[tuple[Vma, int, int]]:
+        """Where this space has ``file`` mapped now, as (VMA, first byte, last byte) of intervals we know."""
+        with self._lock:
+            known = [(low << PAGE_SHIFT, high, held) for low, high, held in self._index if held.file is file]
+        found: list[tuple[Vma, int, int]] = []
+        for va, last_page, held in known:
+            last = (last_page << PAGE_SHIFT) + PAGE_SIZE - 1
+            try:
+                while va <= last:
+                    vma = self.host.query(va)
+                    if vma is None:
+                        break
+                    if vma.start <= last and held.means(vma):
+                        found.append((vma, max(va, vma.start), min(last, vma.end - 1)))
+                    va = vma.end
+            except ProcessLookupError:
+                return []
+        return found
+
+    def _parts(self, first: int, last: int) -> Iterator[Part]:
+        """The intervals in pages ``[first, last]``, clipped."""
+        for low, high, held in self._index.items(first, last):
+            page = max(low, first)
+            yield held, held.index + page - low, min(high, last) + 1 - page, page
+
+    def _pinned(self, first: int, last: int) -> list[Part]:
+        """The pinned parts in pages ``[first, last]`` whose contents still depend on the addresses (or the file)."""
+        found: list[Part] = []
+        for held, index, count, page in self._parts(first, last):
+            source = self._live if held.file is None else held.file
+            for at, n in held.chunk.pinned_in(index, index + count):
+                found += [(held, i, k, page + i - index) for i, k in held.chunk.in_source(at, n, source)]
+        return found
+
+    def _rescue(self, chunk: Chunk, index: int, count: int, page: int) -> None:
+        """Moves the contents of pinned pages from VA page ``page`` on into the store."""
+        chunk.move_begin()
+        try:
+            position = self._copy_out(page << PAGE_SHIFT, count)
+            if position is None:
+                chunk.place(index, count, None)
+            else:
+                chunk.place(index, count, self._physical.store, position)
+        finally:
+            chunk.move_end()
+
+    def _copy_out(self, va: int, npages: int) -> int | None:
+        """Copies pages at ``va`` into the store: their position, None when they cannot be had."""
+        store, end = self._physical.store, va + (npages << PAGE_SHIFT)
+        try:
+            position = store.reserve(npages)
+        except KernelError:
+            return None
+        for start, stop in self.host.touched(va, end):
+            while start < stop:
+                data = self.host.peek(start, min(COPY_BYTES, stop - start))
+                if not data:
+                    break
+                store.save(position + start - va, data)
+                start += len(data)
+        if not self.host.alive():
+            store.forget(position, npages << PAGE_SHIFT)
+            return None
+        return position

@@ -26,13 +26,12 @@ _libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c
 class Store:
     """A Source (see :mod:`iommufd.memory.frames`); positions are byte offsets in the memfd."""
 
-    __slots__ = ("_fd", "_lock", "_used", "_views")
+    __slots__ = ("_fd", "_lock", "_used")
 
     def __init__(self) -> None:
         self._fd = -1
         self._lock = threading.Lock()
         self._used: IntervalIndex[None] = IntervalIndex()
-        self._views: dict[int, memoryview] = {}
 
     def reserve(self, npages: int) -> int:
         """The position of ``npages`` zero pages. KernelError(ENOMEM) when there is no room."""
@@ -51,10 +50,7 @@ class Store:
     def load(self, position: int, count: int) -> bytes:
         data = os.pread(self._fd, count, position)
         while len(data) < count:  # a single read moves at most 2 GiB
-            more = os.pread(self._fd, count - len(data), position + len(data))
-            if not more:
-                raise KernelError(errno.EFAULT, f"{count} bytes at {position:#x} lie outside the store")
-            data += more
+            data += os.pread(self._fd, count - len(data), position + len(data))
         return data
 
     def save(self, position: int, data: bytes | bytearray | memoryview) -> None:
@@ -62,12 +58,14 @@ class Store:
         while done < len(data):
             done += os.pwrite(self._fd, memoryview(data)[done:], position + done)
 
-    def view(self, position: int, count: int) -> memoryview | None:
+    def view(self, position: int, count: int) -> memoryview:
         page = position & ~(PAGE_SIZE - 1)
         size = position + count - page
         return memoryview(mmap.mmap(self._fd, size, offset=page))[position - page :]
 
     def forget(self, position: int, count: int) -> None:
+        if count <= 0:
+            return
         _libc.fallocate(self._fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, position, count)
         with self._lock:
             first, last = position >> PAGE_SHIFT, (position + count - 1) >> PAGE_SHIFT
