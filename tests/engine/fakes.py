@@ -60,7 +60,6 @@ class FakeHost:
         self.vmas: list[Vma] = []
         self.pages: dict[int, bytearray] = {}
         self.is_alive = True
-        self.before_query: Callable[[int], None] = lambda va: None  # a slow page fault, say
 
     def map(self, va: int, npages: int, flags: int = READ | WRITE, **more: Any) -> None:
         """A new VMA; what was there goes."""
@@ -91,7 +90,6 @@ class FakeHost:
     # --- the Host protocol
 
     def query(self, va: int) -> Vma | None:
-        self.before_query(va)
         if not self.is_alive:
             raise ProcessLookupError(errno.ESRCH, "gone")
         return next((vma for vma in self.vmas if vma.end > va), None)
@@ -153,6 +151,20 @@ class FakeHost:
         pass
 
 
+class FakeSpace(AddressSpace):
+    """An address space whose page faults can be slow: ``before_pin`` runs first, without any lock."""
+
+    __slots__ = ("before_pin",)
+
+    def __init__(self, world: World, host: FakeHost, name: str) -> None:
+        super().__init__(world.physical, host, name)
+        self.before_pin: Callable[[int], object] = lambda va: None
+
+    def pin(self, va: int, npages: int, write: bool, *, current: bool = True) -> Extents:
+        self.before_pin(va)
+        return super().pin(va, npages, write, current=current)
+
+
 class FakeProcess:
     """A process: its memory, its limits, its descriptors. ``limit`` is RLIMIT_MEMLOCK in bytes (None: infinite)."""
 
@@ -164,7 +176,7 @@ class FakeProcess:
         self.caps = set(caps)
         self.host = FakeHost()
         self.pid = next(self.pids)
-        self.space = AddressSpace(world.physical, self.host, f"pid {self.pid}")
+        self.space = FakeSpace(world, self.host, f"pid {self.pid}")
         self.process = Process(self.pid, world.physical.user(uid), self.space, limit=lambda _: self.limit)
         self.files: dict[int, Callable[[], Any]] = {}
         self.installed: dict[int, File] = {}
@@ -211,7 +223,8 @@ class FakeTask:
         found = self.owner.files.get(fd)
         if found is None:
             raise KernelError(errno.EBADF, f"descriptor {fd} is not open")
-        return found()
+        file: File | HostFile = found()
+        return file
 
     def reserve_fd(self, cloexec: bool) -> int:
         if not self.owner.free_fds:
@@ -438,12 +451,12 @@ class Background:
 
 
 class Gate:
-    """Stops page faults: while closed, whoever pins from the host waits in the query for its VMA."""
+    """Stops page faults: while closed, whoever pins memory at ``address`` (anywhere: None) waits."""
 
-    def __init__(self, host: FakeHost, address: int | None = None) -> None:
+    def __init__(self, proc: FakeProcess, address: int | None = None) -> None:
         self.reached = threading.Event()
         self._open = threading.Event()
-        host.before_query = self._stop
+        proc.space.before_pin = self._stop
         self._address = address
 
     def _stop(self, va: int) -> None:

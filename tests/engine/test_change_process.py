@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+from typing import Any
 
 import pytest
 
@@ -14,13 +15,13 @@ P = 4096
 FD = 5
 
 
-def with_file(**process: object) -> Caller:
+def with_file(**process: Any) -> Caller:
     c = Caller(**process)
     c.proc.files[FD] = lambda: FakeFile(c.world, 64)
     return c
 
 
-def heir(c: Caller, **process: object) -> Caller:
+def heir(c: Caller, **process: Any) -> Caller:
     """Another process with the same open file."""
     return Caller(c.world, context=c.context, **process)
 

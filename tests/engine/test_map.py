@@ -115,7 +115,7 @@ def test_nothing_is_touched_without_a_domain(c: Caller) -> None:
     ioas = c.ioas()
     c.map(ioas, 0x1000, P, NOWHERE)
     c.map(ioas, 0x3000, 0x1800, ULMAX - 0x5000)
-    c.host.before_query = lambda va: pytest.fail("the address space was asked")
+    c.proc.space.before_pin = lambda va: pytest.fail("the address space was asked")
     c.map(ioas, 0x6000, 64 * P)
     c.quiet()
 
