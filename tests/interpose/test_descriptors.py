@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from tests.interpose.harness import Supervised
 
 pytestmark = pytest.mark.interposed

@@ -270,12 +270,16 @@ class FileCalls:
         raise KernelError(number, f"fcntl {cmd} is not for this kind of file")
 
     def _duplicate(self, trap: Trap, lowest: int, cloexec: bool) -> int | Proceed | Answered:
-        """A duplicate goes to the trapped range too, so that reads and writes of it reach us."""
+        """A duplicate goes to the trapped range too, so that reads, writes and listings of it reach us."""
         fd = fd_of(trap.args[0])
-        found = self._find(trap, fd)
-        if found is None or lowest >= self._descriptors.top:
+        thread = self._processes.thread(trap.tid)
+        task = thread.task
+        task.notification = trap.number
+        carrier = self._descriptors.find(thread, fd)
+        if carrier is None and self._resolver.directory_behind(trap.tid, fd) is None:
             return PROCEED
-        carrier, task = found
+        if lowest >= self._descriptors.top:
+            return PROCEED
         try:
             pidfd = pidfd_open(task.thread.group.tgid)
             try:
@@ -286,7 +290,8 @@ class FileCalls:
             return PROCEED  # not allowed here: the program gets a low number
         try:
             number = self._descriptors.give_source(task, source, cloexec, lowest)
-            self._descriptors.note(task.thread, number, carrier)
+            if carrier is not None:
+                self._descriptors.note(thread, number, carrier)
         finally:
             os.close(source)
         return ANSWERED

@@ -173,6 +173,8 @@ def _child(
 def _execute(argv: Sequence[str], env: Mapping[str, str]) -> None:
     """execvp(3): a name without a slash is looked up in PATH; a script without an interpreter line runs under sh."""
     program = argv[0]
+    if not program:
+        raise OSError(errno.ENOENT, os.strerror(errno.ENOENT))
     if "/" in program:
         candidates = [program]
     else:

@@ -32,7 +32,14 @@ _Packer = Callable[[Status], bytes]
 
 AT_SYMLINK_NOFOLLOW, AT_EMPTY_PATH, AT_EACCESS = 0x100, 0x1000, 0x200
 RESOLVE_NO_SYMLINKS = 0x04
+RESOLVE_FLAGS = 0x3F
 OPEN_HOW_SIZE = 24
+O_LARGEFILE = 0o400000 if os.uname().machine == "aarch64" else 0o100000
+OPEN_FLAGS = (
+    os.O_ACCMODE | os.O_CREAT | os.O_EXCL | os.O_NOCTTY | os.O_TRUNC | os.O_APPEND | os.O_NONBLOCK | os.O_SYNC
+    | os.O_DSYNC | os.O_ASYNC | os.O_DIRECT | O_LARGEFILE | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_NOATIME | os.O_CLOEXEC
+    | os.O_PATH | os.O_TMPFILE
+)  # fmt: skip
 
 
 class PathOnly(File):
@@ -102,7 +109,9 @@ class PathCalls:
         how = CallerMemory(trap.tid).read_upto(trap.args[2], OPEN_HOW_SIZE)
         if trap.args[3] < OPEN_HOW_SIZE or len(how) < OPEN_HOW_SIZE:
             return PROCEED
-        flags, _, resolve = (int.from_bytes(how[at : at + 8], "little") for at in (0, 8, 16))
+        flags, mode, resolve = (int.from_bytes(how[at : at + 8], "little") for at in (0, 8, 16))
+        if flags & ~OPEN_FLAGS or mode & ~0o7777 or (mode and not flags & os.O_CREAT) or resolve & ~RESOLVE_FLAGS:
+            return PROCEED  # the kernel refuses these before it looks at the path
         return self._open(trap, trap.args[0], trap.args[1], flags, resolve)
 
     def _open(self, trap: Trap, dirfd: int, addr: int, flags: int, resolve: int) -> int | Proceed | Answered:
