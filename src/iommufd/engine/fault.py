@@ -6,7 +6,7 @@ Invariants (events-viommu 2-5):
   list until read as a whole, then in the response table under its cookie until answered; every group is answered once.
 * When an attach ends, every group bound to it is answered INVALID in both places, and a group that was on its way then
   is refused: nothing bound to an ended attach is ever readable.
-* Cookies are the lowest free number >= 1, given when a group is read.
+* A group gets its cookie when it is read and gives it back when it is answered.
 * Locks: ``mutex`` serialises read, write and the end of an attach and is held over the caller's memory; ``World.lock``
   guards the deliver list, because reports come from any thread.
 """
@@ -15,10 +15,10 @@ from __future__ import annotations
 
 import errno
 from collections import deque
-from heapq import heappop, heappush
 from struct import Struct
 from typing import TYPE_CHECKING, cast
 
+from iommufd.engine.cookies import ZERO_BECOMES_FREE, Cookies
 from iommufd.engine.dispatch import Call, Handler, Respond
 from iommufd.engine.eventq import EventQueue, QueueFile, open_queue, stream_only
 from iommufd.engine.file import POLLIN, POLLOUT, POLLRDNORM
@@ -49,15 +49,14 @@ _RESPONSE = Struct("<II")
 class FaultQueue(EventQueue):
     """The object. ``deliver`` takes groups from :func:`~iommufd.iommu.faults.report_device_fault`."""
 
-    __slots__ = ("_deliver", "_free_cookies", "_next_cookie", "_response")
+    __slots__ = ("_cookies", "_deliver", "_response")
     kind = "FAULT"
 
     def __init__(self, context: Context) -> None:
         super().__init__(context)
         self._deliver: deque[FaultGroup] = deque()
         self._response: dict[int, FaultGroup] = {}
-        self._free_cookies: list[int] = []
-        self._next_cookie = 1
+        self._cookies = Cookies(leaky=ZERO_BECOMES_FREE in context.world.defects)
 
     def ready(self) -> bool:
         return bool(self._deliver)
@@ -92,7 +91,7 @@ class FaultQueue(EventQueue):
             unread = len(gone)
             for cookie in [c for c, group in self._response.items() if group.handle is handle]:
                 gone.append(self._response.pop(cookie))
-                self._release_cookie(cookie)
+                self._cookies.release(cookie)
         if unread:
             self.wake()
         answer(gone, ResponseCode.INVALID)
@@ -118,11 +117,11 @@ class FaultQueue(EventQueue):
                     if not done:
                         raise KernelError(errno.EINVAL, f"the next group needs {size} bytes, the read offers {count}")
                     break
-                cookie = self._take_cookie()  # row 4
+                cookie = self._cookies.take()  # row 4
                 try:
                     task.write(addr + done, messages(group, cookie))  # row 5
                 except KernelError:
-                    self._release_cookie(cookie)
+                    self._cookies.release(cookie)
                     if not done:
                         raise
                     break
@@ -149,27 +148,16 @@ class FaultQueue(EventQueue):
                         raise KernelError(errno.EINVAL, f"{code} is not a response code (0 success, 1 invalid)")
                     group = self._response.pop(cookie, None)  # row 4
                     if group is None:
+                        self._cookies.refused(cookie)
                         raise KernelError(errno.EINVAL, f"no group with cookie {cookie} waits for a response")
                 except KernelError:
                     if not done:
                         raise
                     break
-                self._release_cookie(cookie)  # row 5
+                self._cookies.release(cookie)  # row 5
                 group.respond(ResponseCode(code))
                 done += RESPONSE
         return done
-
-    def _take_cookie(self) -> int:
-        if self._free_cookies:
-            return heappop(self._free_cookies)
-        self._next_cookie += 1
-        return self._next_cookie - 1
-
-    def _release_cookie(self, cookie: int) -> None:
-        if cookie == self._next_cookie - 1 and not self._free_cookies:
-            self._next_cookie = cookie
-        else:
-            heappush(self._free_cookies, cookie)
 
 
 def messages(group: FaultGroup, cookie: int) -> bytes:
