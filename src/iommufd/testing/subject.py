@@ -93,6 +93,15 @@ def number_of(struct: Struct) -> int:
     return t.IOMMU_TEST_CMD if type(struct) in _OPS else _NUMBERS[type(struct)]
 
 
+def struct_of(cmd: int, data: bytes) -> Struct | bytes:
+    """The struct that ``data`` is to the command ``cmd``; the bytes themselves when nothing knows it."""
+    if cmd == t.IOMMU_TEST_CMD and len(data) >= 8:
+        arm = t.ARMS.get(int.from_bytes(data[4:8], "little"))
+        return data if arm is None else arm.unpack(data)
+    kind = next((struct for struct, number in _NUMBERS.items() if number == cmd), None)
+    return data if kind is None else kind.unpack(data)
+
+
 def filled(struct: S) -> S:
     """``struct`` with ``size`` (and ``op`` of a test command) filled in where the check left them zero."""
     fields: Any = struct

@@ -1,0 +1,263 @@
+/* Plays sequences of calls on /dev/iommu and prints every answer; see format.py for the file it reads.
+ *
+ * The same static binary runs on a real kernel and under `iommufd run`, so what it prints can be compared byte for byte:
+ * memory lies at fixed addresses, descriptors are named by slot and blanked in the structs, and pages that follow each
+ * other in the arena never do so physically (checked through /proc/self/pagemap where that can be read), because physical
+ * contiguity is nothing two systems agree on.
+ *
+ * usage: player FILE [FIRST [COUNT]]
+ */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <fcntl.h>
+#include <poll.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/ioctl.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#define ARENA 0x100000000000ULL
+#define PAGES 256
+#define SCRATCH (ARENA + PAGES * 4096ULL) /* structs are put here, behind the pages a program may map */
+#define SLOTS 64
+
+enum { IOCTL, OPEN, CLOSE, READ, WRITE, POLL, POKE, PEEK, MMAP, MUNMAP, MPROTECT, MEMFD };
+
+static const unsigned char *at;
+static int slots[SLOTS];
+static int pagemap = -1;
+
+static uint8_t u8(void) { return *at++; }
+static uint16_t u16(void) { uint16_t v; memcpy(&v, at, 2); at += 2; return v; }
+static uint32_t u32(void) { uint32_t v; memcpy(&v, at, 4); at += 4; return v; }
+static uint64_t u64(void) { uint64_t v; memcpy(&v, at, 8); at += 8; return v; }
+
+static void answer(long result) { if (result < 0) printf("E%d", errno); else printf("%ld", result); }
+static void hex(const unsigned char *p, size_t n) { putchar(' '); while (n--) printf("%02x", *p++); }
+
+static uint64_t frame(uint64_t va)
+{
+	uint64_t entry = 0;
+
+	if (pagemap < 0 || pread(pagemap, &entry, 8, va / 4096 * 8) != 8)
+		return 0;
+	return entry & ((1ULL << 55) - 1);
+}
+
+/* Writes to pages [first, first+n), every other one first, until no two neighbours are physically consecutive. */
+static void touch(unsigned first, unsigned n)
+{
+	for (unsigned half = 0; half < 2; half++)
+		for (unsigned i = first + half; i < first + n; i += 2)
+			*(volatile char *)(ARENA + i * 4096ULL) = 0;
+	for (int round = 0; round < 50; round++) {
+		int bad = 0;
+
+		for (unsigned i = first ? first : 1; i < first + n && i < PAGES; i++) {
+			uint64_t a = frame(ARENA + (i - 1) * 4096ULL), b = frame(ARENA + i * 4096ULL);
+
+			if (a && b && a + 1 == b) {
+				void *keep = mmap(NULL, 4096, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+
+				madvise((void *)(ARENA + i * 4096ULL), 4096, MADV_DONTNEED);
+				*(volatile char *)keep = 1; /* takes the frame just given back */
+				*(volatile char *)(ARENA + i * 4096ULL) = 0;
+				bad = 1;
+			}
+		}
+		if (!bad)
+			break;
+	}
+}
+
+static void fresh(unsigned first, unsigned n)
+{
+	mmap((void *)(ARENA + first * 4096ULL), n * 4096ULL, PROT_READ | PROT_WRITE,
+	     MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0);
+	madvise((void *)(ARENA + first * 4096ULL), n * 4096ULL, MADV_NOHUGEPAGE);
+	touch(first, n);
+}
+
+static void step_ioctl(void)
+{
+	int fd = slots[u8()];
+	unsigned out_slot = u8(), out_offset = u8(), patches = u8();
+	unsigned offsets[8];
+	uint32_t cmd = u32();
+	unsigned long arg;
+	unsigned char *data = (unsigned char *)SCRATCH;
+	unsigned length;
+	long result;
+
+	for (unsigned i = 0; i < patches; i++)
+		offsets[i] = u16();
+	length = u16();
+	arg = SCRATCH;
+	if (length == 0xffff) {
+		arg = u64();
+		length = 0;
+	} else {
+		memcpy(data, at, length);
+		at += length;
+	}
+	for (unsigned i = 0; i < patches; i++) {
+		int value = slots[offsets[i] >> 8];
+
+		memcpy(data + (offsets[i] & 255), &value, 4);
+	}
+	result = ioctl(fd, cmd, arg);
+	if (result >= 0 && out_slot != 255) {
+		int value;
+
+		if (out_offset == 255) {
+			value = result;
+			result = result ? 1 : 0;
+		} else {
+			memcpy(&value, data + out_offset, 4);
+			memset(data + out_offset, 0, 4);
+		}
+		slots[out_slot] = value;
+	}
+	answer(result);
+	for (unsigned i = 0; i < patches; i++)
+		memset(data + (offsets[i] & 255), 0, 4);
+	hex(data, length);
+}
+
+static void step(void)
+{
+	static unsigned char buffer[65536];
+	unsigned slot, first, n, length;
+	uint64_t where;
+	long result;
+
+	switch (u8()) {
+	case IOCTL:
+		step_ioctl();
+		break;
+	case OPEN:
+		slot = u8();
+		slots[slot] = open("/dev/iommu", O_RDWR);
+		answer(slots[slot] < 0 ? -1 : 0);
+		break;
+	case CLOSE:
+		slot = u8();
+		answer(close(slots[slot]));
+		slots[slot] = -1;
+		break;
+	case READ:
+		slot = u8();
+		length = u16();
+		result = read(slots[slot], buffer, length);
+		answer(result);
+		hex(buffer, result > 0 ? result : 0);
+		break;
+	case WRITE:
+		slot = u8();
+		length = u16();
+		answer(write(slots[slot], at, length));
+		at += length;
+		break;
+	case POLL: {
+		struct pollfd p = { .fd = slots[u8()], .events = POLLIN | POLLOUT | POLLRDNORM | POLLWRNORM };
+
+		result = poll(&p, 1, 0);
+		answer(result < 0 ? -1 : p.revents);
+		break;
+	}
+	case POKE:
+		where = u64();
+		length = u16();
+		memcpy((void *)where, at, length);
+		at += length;
+		break;
+	case PEEK:
+		where = u64();
+		length = u16();
+		hex((void *)where, length);
+		break;
+	case MMAP:
+		first = u8();
+		n = u8();
+		slot = u8();
+		if (slot == 255)
+			fresh(first, n);
+		else
+			answer(mmap((void *)(ARENA + first * 4096ULL), n * 4096ULL, PROT_READ | PROT_WRITE,
+				    MAP_SHARED | MAP_FIXED, slots[slot], 0) == MAP_FAILED ? -1 : 0);
+		break;
+	case MUNMAP:
+		first = u8();
+		n = u8();
+		answer(munmap((void *)(ARENA + first * 4096ULL), n * 4096ULL));
+		break;
+	case MPROTECT:
+		first = u8();
+		n = u8();
+		answer(mprotect((void *)(ARENA + first * 4096ULL), n * 4096ULL, u8()));
+		break;
+	case MEMFD:
+		slot = u8();
+		slots[slot] = memfd_create("fuzz", MFD_CLOEXEC);
+		answer(ftruncate(slots[slot], u16() * 4096L));
+		break;
+	}
+}
+
+static void play(uint32_t seed, unsigned steps)
+{
+	mmap((void *)SCRATCH, 65536, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0);
+	memset((void *)SCRATCH, 0, 65536);
+	pagemap = open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC);
+	fresh(0, PAGES);
+	for (int i = 0; i < SLOTS; i++)
+		slots[i] = -1;
+	printf("sequence %u\n", seed);
+	for (unsigned i = 0; i < steps; i++) {
+		printf("%u: ", i);
+		step();
+		putchar('\n');
+	}
+	fflush(stdout);
+	_exit(0);
+}
+
+int main(int argc, char **argv)
+{
+	int fd = open(argv[1], O_RDONLY);
+	unsigned first = argc > 2 ? atoi(argv[2]) : 0, count = argc > 3 ? atoi(argv[3]) : ~0u;
+	struct stat status;
+	unsigned sequences;
+
+	if (fd < 0 || fstat(fd, &status) < 0) {
+		perror(argv[1]);
+		return 1;
+	}
+	at = mmap(NULL, status.st_size, PROT_READ, MAP_PRIVATE, fd, 0);
+	close(fd);
+	at += 8; /* magic */
+	sequences = u32();
+	for (unsigned i = 0; i < sequences; i++) {
+		uint32_t seed = u32(), bytes = u32(), steps = u32();
+
+		if (i >= first && i - first < count) {
+			int status;
+			pid_t child;
+
+			fflush(stdout);
+			child = fork();
+			if (child == 0)
+				play(seed, steps);
+			waitpid(child, &status, 0);
+			if (status)
+				printf("died %d\n", status);
+		}
+		at += bytes;
+	}
+	return 0;
+}
