@@ -17,9 +17,7 @@ test: setup                      # all tests that need no kernel tree, no compil
 	@$(VENV)/python -m pytest -n auto -q -m "not oracle" $(ARGS)
 
 lint: setup                      # style, types, and which room imports which
-	@$(VENV)/ruff check .
-	@$(VENV)/mypy
-	@$(VENV)/lint-imports --no-logo
+	@status=0; for check in "ruff check" mypy "lint-imports --no-logo"; do $(VENV)/$$check || status=1; done; exit $$status
 
 bench: setup                     # medians, and their ratio to a floor measured in the same run
 	@$(VENV)/python -m bench $(ARGS)

@@ -19,5 +19,5 @@ if ! [ -x .venv/bin/python ] || ! .venv/bin/python -m pip --version > /dev/null 
     fi
 fi
 echo "setup: installing the package and its development tools into .venv"
-.venv/bin/python -m pip install -q --disable-pip-version-check -e '.[dev]'
+.venv/bin/python -m pip install -qq --disable-pip-version-check -e '.[dev]'
 touch .venv/stamp

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import errno as _errno
 
-
 # Python prefers the other name of two; these are the ones manuals and strace use.
 _NAMES = {_errno.EOPNOTSUPP: "EOPNOTSUPP", _errno.EDEADLK: "EDEADLK", _errno.EAGAIN: "EAGAIN"}
 

@@ -17,21 +17,6 @@ from iommufd.engine import (
     veventq,
     viommu,
 )
-from iommufd.engine import (
-    change_process,
-    dirty,
-    fault,
-    hw_info,
-    hw_queue,
-    hwpt_alloc,
-    invalidate,
-    ioas,
-    noiommu_pa,
-    options,
-    vdevice,
-    veventq,
-    viommu,
-)
 from iommufd.engine.dispatch import Handler, Respond
 from iommufd.uapi.commands import Command
 
