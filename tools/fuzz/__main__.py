@@ -55,8 +55,8 @@ def through_the_door(programs: Sequence[Program], out: Path) -> dict[int, list[s
         "--machine",
         "mock@7.3.4",
         "--",
-        out / "player",
-        out / "programs",
+        str(out / "player"),
+        str(out / "programs"),
     ]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
@@ -79,7 +79,7 @@ def shrink(program: Program, out: Path) -> tuple[Program, list[str], list[str]]:
     best = program
     span = max(len(best.steps) // 2, 1)
     while True:
-        candidates = []
+        candidates: list[Program] = []
         for at in range(0, len(best.steps) - 1, span):
             steps = best.steps[:at] + best.steps[at + span :]
             candidates.append(Program(len(candidates), steps))
@@ -159,9 +159,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         for program in bad[:3]:
             small, theirs, ours = shrink(program, out)
             print(f"\nseed {program.seed}, shrunk to {len(small.steps)} steps:")
-            for step, there, here in zip(small.steps, theirs, ours, strict=False):
+            for shrunk, there, here in zip(small.steps, theirs, ours, strict=False):
                 mark = "  " if there.strip() == here.strip() else "->"
-                print(f"{mark} {step}\n     kernel   {there}\n     software {here}")
+                print(f"{mark} {shrunk}\n     kernel   {there}\n     software {here}")
     print(f"\nanswers of the kernel, seeds {seeds.start}-{seeds.stop - 1}:\n{histogram}")
     print(f"{len(seeds)} programs of {options.steps} steps or a few more: {len(bad)} differ")
     return 1 if bad else 0

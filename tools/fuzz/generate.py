@@ -73,7 +73,8 @@ class Author:
         if right and not self.chance(0.08):
             return self.r.choice(right)
         if live and self.chance(0.6):
-            return self.r.choice(live).id
+            number: int = self.r.choice(live).id
+            return number
         return self.r.choice((0, 1, 2, 3, 5, 9, 2**31 - 1, 2**31, 2**32 - 1))
 
     def ioas(self) -> IOAS | None:

@@ -176,9 +176,11 @@ class AddressSpace:
         return extents
 
     def look(self, va: int, npages: int, write: bool = False) -> Extents:
-        """The frames behind ``npages`` pages now, without pinning them; EFAULT as a page fault-in would give."""
+        """The frames behind ``npages`` pages of the calling thread's own space now, without pinning them.
+
+        EFAULT as a page fault-in would give; EOVERFLOW when the range wraps 2**64."""
         with self._lock:
-            return self._resolve(va >> PAGE_SHIFT, npages, write, False, False)
+            return self._resolve(va >> PAGE_SHIFT, npages, write, False, True)
 
     def _resolve(self, page: int, npages: int, write: bool, long_term: bool, current: bool) -> Extents:
         end = page + npages
