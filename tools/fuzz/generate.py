@@ -141,7 +141,8 @@ class Author:
     def used_slot(self, slots: range) -> int:
         used = [slot for slot in slots if slot in self.stage.slots]
         if used and not self.chance(0.04):
-            return self.r.choice(used)
+            slot: int = self.r.choice(used)
+            return slot
         return self.r.choice((*slots, 0))
 
     # --------------------------------------------------------------------------------------------------------- steps
