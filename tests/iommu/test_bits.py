@@ -11,9 +11,8 @@ flags = st.lists(st.booleans(), max_size=200)
 
 
 def pack(values: list[bool]) -> bytes:
-    return b"".join(
-        sum(bit << n for n, bit in enumerate(values[at : at + 8])).to_bytes(1, "little") for at in range(0, len(values), 8)
-    )
+    octets = (values[at : at + 8] for at in range(0, len(values), 8))
+    return bytes(sum(bit << n for n, bit in enumerate(octet)) for octet in octets)
 
 
 def unpack(data: bytes, count: int) -> list[bool]:

@@ -25,14 +25,14 @@ def greedy(mapping: Mapping, first: int, last: int, sizes: int) -> list[tuple[in
     entries: list[tuple[int, int]] = []
     at = mapping.offset
     while at < end:
-        page = at // PAGE_SIZE
-        stop = (page + 1) * PAGE_SIZE
-        while stop < end and not mapping.page_by_page and frames[stop // PAGE_SIZE] == frames[stop // PAGE_SIZE - 1] + 1:
-            stop += PAGE_SIZE
-        stop = min(stop, end)
+        page = at // PAGE_SIZE + 1
+        while page * PAGE_SIZE < end and not mapping.page_by_page and frames[page] == frames[page - 1] + 1:
+            page += 1
+        stop = min(page * PAGE_SIZE, end)
         while at < stop:
             iova, paddr = first + at - mapping.offset, frames[at // PAGE_SIZE] * PAGE_SIZE + at % PAGE_SIZE
-            size = max(s for s in (1 << b for b in range(64)) if s & sizes and not (iova | paddr) % s and s <= stop - at)
+            fitting = (1 << b for b in range(64) if 1 << b & sizes and not (iova | paddr) % (1 << b))
+            size = max(s for s in fitting if s <= stop - at)
             entries.append((iova, size))
             at += size
     return entries

@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from iommufd.errors import KernelError
 from iommufd.iommu.bits import each_set
 from iommufd.iommu.dirty import FEW
 from iommufd.iommu.extent_domain import ExtentDomain
 from iommufd.memory.frames import PAGE_SIZE, Chunk, Extent, FrameAllocator
+from tests.engine.flat_task import expect
 
 DEFAULT = 0x1FFFFFF800
 BASE = 0x1000000
@@ -24,8 +24,8 @@ def chunk(order: int = 0, npages: int = PAGES) -> Chunk:
     return FrameAllocator().chunk("test", npages, order)
 
 
-def domain(sizes: int = DEFAULT, **more: bool) -> ExtentDomain:
-    return ExtentDomain(sizes, BASE, 2**40, **more)
+def domain(sizes: int = DEFAULT, *, dirty: bool = False) -> ExtentDomain:
+    return ExtentDomain(sizes, BASE, 2**40, dirty=dirty)
 
 
 class Sink:
@@ -47,10 +47,6 @@ def dirty(d: ExtentDomain, iova: int = 0, length: int = 2**41, *, clear: bool = 
     sink = Sink()
     d.read_and_clear_dirty(iova, length, clear=clear, sink=sink)
     return sink.entries
-
-
-def refused(number: int) -> object:
-    return pytest.raises(KernelError, check=lambda error: error.errno == number)
 
 
 # ------------------------------------------------------------------------------------------------------------- mapping
@@ -80,14 +76,14 @@ def test_translation_is_exact_to_the_byte() -> None:
 )
 def test_what_a_table_refuses(number: int, iova: int, offset: int, length: int, prot: int) -> None:  # mock-device 2.6
     d = domain()
-    with refused(number):  # type: ignore[attr-defined]
+    with expect(number):
         d.map(iova, (Extent(chunk(), 0, 2),), offset, length, prot, False)
     assert d.empty
 
 
 def test_frames_beyond_the_output_address_size() -> None:  # mock-device 2.6
     d = ExtentDomain(DEFAULT, output_bits=32)
-    with refused(errno.ERANGE):  # type: ignore[attr-defined]
+    with expect(errno.ERANGE):
         d.map(BASE, (Extent(chunk(), 0, 1),), 0, 0x1000, 3, False)
 
 
@@ -95,7 +91,7 @@ def test_what_is_mapped_already() -> None:  # mock-device 2.6
     d, c = domain(), chunk()
     d.map(BASE, (Extent(c, 0, 4),), 0, 0x4000, 3, False)
     for iova, length in ((BASE, 0x1000), (BASE + 0x3800, 0x1000), (BASE + 0x1000, 0x800)):
-        with refused(errno.EADDRINUSE):  # type: ignore[attr-defined]
+        with expect(errno.EADDRINUSE):
             d.map(iova, (Extent(c, 9, 2),), 0, length, 3, False)
     d.unmap(BASE, 0x4000)
     d.map(BASE, (Extent(c, 9, 1),), 0, 0x1000, 3, False)
@@ -137,7 +133,7 @@ def test_maps_and_unmaps_against_a_dict(steps: list[tuple[bool, int, int]]) -> N
         if mapping:
             index = number * 8
             if any(p in model for p in span):
-                with refused(errno.EADDRINUSE):  # type: ignore[attr-defined]
+                with expect(errno.EADDRINUSE):
                     d.map(BASE + page * PAGE_SIZE, (Extent(c, index, count),), 0, count * PAGE_SIZE, 3, True)
             else:
                 d.map(BASE + page * PAGE_SIZE, (Extent(c, index, count),), 0, count * PAGE_SIZE, 3, True)
@@ -216,7 +212,9 @@ def entries_of(d: ExtentDomain, at: int, end: int) -> Iterator[tuple[int, int]]:
 
 
 @given(tables(), st.data())
-def test_dirty_state_against_a_set_of_entries(case: tuple[ExtentDomain, list[tuple[int, int]]], data: st.DataObject) -> None:
+def test_dirty_state_against_a_set_of_entries(
+    case: tuple[ExtentDomain, list[tuple[int, int]]], data: st.DataObject
+) -> None:
     d, entries = case
     last = sum(entries[-1])
     span = last - BASE

@@ -15,6 +15,7 @@ from __future__ import annotations
 import errno
 import logging
 import threading
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from iommufd.errors import KernelError
@@ -202,8 +203,9 @@ class Group:
             except KernelError as error:
                 log.warning("%s refuses a domain it must accept: %s", device.name, error)
                 blocking = self.blocking_domain
-                if blocking is not None and isinstance(blocking, AttachesDevices):
-                    blocking.attach_dev(device, old)
+                if blocking is not None and blocking is not new and isinstance(blocking, AttachesDevices):
+                    with suppress(KernelError):
+                        blocking.attach_dev(device, old)
         self.domain = new
 
     # -------------------------------------------------------------------------------------------------- a PASID (3.4b)
