@@ -31,6 +31,7 @@ from iommufd.memory.accounting import Mode
 if TYPE_CHECKING:
     from iommufd.engine.file import File
     from iommufd.engine.task import Task
+    from iommufd.machine.pci import PciBus
     from iommufd.machine.sysfs import Tree
 
 MISC_MAJOR = 10
@@ -68,6 +69,7 @@ class Machine:
         self.generation = 0  # changes with the set of paths
         self._claims: list[Claim] = []
         self._tree: Tree | None = None
+        self._pci: PciBus | None = None
         self._contexts: dict[int, Context] = {}
         self._closers: list[Callable[[], None]] = []
         self._closed = False
@@ -125,6 +127,15 @@ class Machine:
                 if found is not None:
                     break
         return found
+
+    @property
+    def pci(self) -> PciBus:
+        """The machine's PCI functions; ``machine.pci.add("0000:01:00.0")`` adds one that is bound to vfio-pci."""
+        if self._pci is None:
+            from iommufd.machine.pci import PciBus  # most machines have none
+
+            self._pci = PciBus(self)
+        return self._pci
 
     @property
     def tree(self) -> Tree:

@@ -49,5 +49,10 @@ def text_file(path: str, text: str | bytes, mode: int = 0o444) -> Node:
 
 
 def link(path: str, to: str) -> Node:
-    """A symbolic link at ``path`` to the absolute path ``to``, relative as the kernel makes them in /sys."""
-    return Node(path, stat.S_IFLNK | 0o777, target=os.path.relpath(to, os.path.dirname(path)))
+    """A symbolic link at ``path`` to the absolute path ``to``, relative as the kernel makes them in /sys.
+
+    There the last part of a link is always the name of what it leads to, also when it leads upwards."""
+    target = os.path.relpath(to, os.path.dirname(path))
+    if target.endswith(".."):
+        target += f"/../{os.path.basename(to)}"
+    return Node(path, stat.S_IFLNK | 0o777, target=target)
