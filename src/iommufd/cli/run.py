@@ -31,7 +31,8 @@ class _Parser(argparse.ArgumentParser):
 def parser() -> argparse.ArgumentParser:
     made = _Parser(
         prog="iommufd run",
-        usage="iommufd run [--machine NAME] [--kernel VERSION] [--explain] [--trace FILE] [--check] -- PROGRAM [ARG…]",
+        usage="iommufd run [--machine NAME] [--kernel VERSION] [--explain] [--trace FILE] [--check] [--fail RULE] "
+        "-- PROGRAM [ARG…]",
         description="Run an unmodified program with a software /dev/iommu.",
     )
     made.add_argument("--machine", default="default", metavar="NAME", help="the machine: default, mock, mock@7.3.4, …")
@@ -39,6 +40,14 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--explain", action="store_true", help="say on standard error why each failing call failed")
     made.add_argument("--trace", metavar="FILE", help="write one JSON line per call (see `iommufd decode`)")
     made.add_argument("--check", action="store_true", help="list what is alive at the end, and exit 1 if anything is")
+    made.add_argument(
+        "--fail",
+        action="append",
+        default=[],
+        metavar="RULE",
+        help="make calls fail: COMMAND[:nth=N][:every=N][:times=N][:point=NAME][:ERRNO], as IOAS_MAP:nth=3:ENOMEM; "
+        "may be given several times",
+    )
     made.add_argument(
         "--no-pin-tracking",
         action="store_true",
@@ -67,6 +76,7 @@ def main(argv: Sequence[str]) -> int:
 
     try:
         machine = preset(options.machine, options.kernel)
+        rules = [machine.world.injector.add_rule(text) for text in options.fail]
     except ValueError as error:
         say(str(error))
         return EXIT_SUPERVISOR
@@ -92,6 +102,9 @@ def main(argv: Sequence[str]) -> int:
         machine.close()
         if trace is not None:
             trace.close()
+    for text, rule in zip(options.fail, rules, strict=True):
+        if not rule.hits:
+            say(f"--fail {text} never fired: {rule.count} occurrences")
     if options.check and (leaks := machine.leaks()):
         for leak in leaks:
             say(f"left behind: {leak}")
