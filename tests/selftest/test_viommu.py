@@ -370,6 +370,19 @@ def test_two_queues_in_ascending_order(mapped: Guest) -> None:  # events-viommu 
     mapped.do(queue(mapped, 0))
 
 
+def test_what_7_3_4_frees(mapped: Guest) -> None:  # docs/deviations.md hw-queue-destroy-clears-slot-0
+    state = mapped.object(mapped.first).private  # type: ignore[attr-defined]
+    state.clears_slot_0 = True
+    first = mapped.do(queue(mapped, 0)).out_hw_queue_id
+    mapped.destroy(mapped.do(queue(mapped, 1, page=1)).out_hw_queue_id)
+    mapped.refuses(errno.EEXIST, queue(mapped, 1, page=1))
+    again = mapped.do(queue(mapped, 0, page=2)).out_hw_queue_id
+    mapped.destroy(again)
+    mapped.destroy(first)
+    mapped.do(queue(mapped, 0))
+    mapped.refuses(errno.EEXIST, queue(mapped, 1, page=1))
+
+
 def test_each_viommu_has_its_own(mapped: Guest) -> None:  # events-viommu 9
     other = mapped.viommu(mapped.parent)
     mapped.do(queue(mapped, 0))

@@ -1,7 +1,7 @@
 """Cookies of a fault queue: the lowest free number >= 1 (kernel: an allocating xarray, ``fault->response``).
 
-With the defect :data:`ZERO_BECOMES_FREE` of Linux 7.3.4 a response with cookie 0, though refused, frees the number 0 as
-long as any group waits for a response: 0 is handed out next and can be answered. It is taken back when no group waits.
+With the defect :data:`ZERO_BECOMES_FREE` of Linux 7.3.4 a response with cookie 0, though refused, makes 0 a cookie like
+any other of this queue from then on, if any group waits for its response at that moment.
 """
 
 from __future__ import annotations
@@ -35,14 +35,13 @@ class Cookies:
 
     def release(self, cookie: int) -> None:
         self._used -= 1
-        if not self._used:
-            self._zero_free = False
-            self._free.clear()
-            self._next = 1
-        elif cookie == 0:
+        if cookie == 0:
             self._zero_free = True
         else:
             heappush(self._free, cookie)
+        if not self._used:
+            self._free.clear()
+            self._next = 1
 
     def refused(self, cookie: int) -> None:
         """Somebody answered ``cookie``, which nobody has."""

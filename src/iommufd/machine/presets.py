@@ -52,7 +52,7 @@ def _with_test_hardware(machine: Machine) -> Machine:
     return machine
 
 
-DEFECTS_7_3_4 = frozenset({"dmabuf-get-returns-0", "fault-cookie-0-becomes-free"})
+DEFECTS_7_3_4 = frozenset({"dmabuf-get-returns-0", "fault-cookie-0-becomes-free", "hw-queue-destroy-clears-slot-0"})
 """What Linux 7.3.4 does otherwise than intended and ``mock@7.3.4`` repeats."""
 
 PRESETS: dict[str, Preset] = {

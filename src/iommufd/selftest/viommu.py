@@ -34,6 +34,7 @@ from iommufd.uapi.iommufd_test import (
 
 if TYPE_CHECKING:
     from iommufd.engine.dispatch import Call
+    from iommufd.engine.viommu import Viommu
     from iommufd.iommu.domain import Domain, PagingDomain
     from iommufd.iommu.user_data import UserArray, UserData
     from iommufd.iommu.viommu import DriverHwQueue, DriverViommu
@@ -41,15 +42,19 @@ if TYPE_CHECKING:
 
 MMAP_LENGTH = 2 * PAGE_SIZE
 DATA_MINIMUM = 8  # iommu_viommu_selftest through ``out_data``
+CLEARS_SLOT_0 = "hw-queue-destroy-clears-slot-0"  # Linux 7.3.4: whatever the index of the queue destroyed
 KMALLOC_MAX = 4 << 20  # bytes the kernel allocates in one piece; the array of entries is one
 
 
 class MockViommu:
-    """What the mock driver keeps of a vIOMMU: its HW queues by index."""
+    """What the mock driver keeps of a vIOMMU: its HW queues by index.
 
-    __slots__ = ("queues",)
+    ``clears_slot_0``: the defect :data:`CLEARS_SLOT_0` is reproduced."""
 
-    def __init__(self) -> None:
+    __slots__ = ("clears_slot_0", "queues")
+
+    def __init__(self, *, clears_slot_0: bool = False) -> None:
+        self.clears_slot_0 = clears_slot_0
         self.queues: list[DriverHwQueue | None] = [None] * IOMMU_TEST_HW_QUEUE_MAX
 
 
@@ -96,16 +101,14 @@ class MockViommuOps:
             )
         if before is not None:
             queue.depend(before)
-        queue.private = index
+        queue.private = (index, before)
         queues[index] = queue
 
     def hw_queue_destroy(self, viommu: DriverViommu, queue: DriverHwQueue) -> None:
-        queues = cast("MockViommu", viommu.private).queues
-        index = cast("int", queue.private)
-        queues[index] = None
-        if index:
-            before = queues[index - 1]
-            assert before is not None, "the queue before is kept by this one"
+        state = cast("MockViommu", viommu.private)
+        index, before = cast("tuple[int, DriverHwQueue | None]", queue.private)
+        state.queues[0 if state.clears_slot_0 else index] = None
+        if before is not None:
             queue.undepend(before)
 
 
@@ -119,7 +122,8 @@ def supported(type: int) -> bool:
 
 def init(viommu: DriverViommu, parent: PagingDomain, data: UserData | None) -> None:
     """``viommu_init``: with data, memory to map whose first word says ``in_data`` (events-viommu 6, mock driver)."""
-    viommu.private = MockViommu()
+    defects = cast("Viommu", viommu).context.world.defects
+    viommu.private = MockViommu(clears_slot_0=CLEARS_SLOT_0 in defects)
     if data is not None:
         given = data.copy(IOMMU_VIOMMU_TYPE_SELFTEST, iommu_viommu_selftest, DATA_MINIMUM)  # rows 1, 2
         region = viommu.alloc_mmap(MMAP_LENGTH)  # row 3
