@@ -18,5 +18,5 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not Path("/dev/iommu").exists():
         absent = pytest.mark.skip(reason="there is no /dev/iommu on this host: make oracle")
         for item in items:
-            if "oracle" in item.keywords:
+            if item.get_closest_marker("oracle"):
                 item.add_marker(absent)
