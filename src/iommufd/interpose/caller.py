@@ -67,10 +67,9 @@ class CallerMemory:
                     self._diagnose()
                 return b""
             return bytes(self._view[:got])
-        data = bytearray(count)
-        whole = (ctypes.c_char * count).from_buffer(data)
-        done = self._long(_readv, ctypes.addressof(whole), addr, count)
-        return bytes(memoryview(data)[:done])
+        data = bytes(count)  # filled in place, before anybody else can see it: a copy of a bitmap would cost its read again
+        done = self._long(_readv, _address_of(data), addr, count)
+        return data if done == count else data[:done]
 
     def write_upto(self, addr: int, data: bytes | bytearray | memoryview) -> int:
         """Writes the leading bytes that can be written and returns how many."""
@@ -83,11 +82,12 @@ class CallerMemory:
                 self._diagnose()
                 return 0
             return put
-        if isinstance(data, bytes):
-            address = ctypes.cast(ctypes.c_char_p(data), ctypes.c_void_p).value or 0
-            return self._long(_writev, address, addr, count)
-        copy = bytes(data)
-        return self.write_upto(addr, copy)
+        if not isinstance(data, bytes):
+            if isinstance(data, bytearray) or (not data.readonly and data.c_contiguous):
+                whole = (ctypes.c_char * count).from_buffer(data)
+                return self._long(_writev, ctypes.addressof(whole), addr, count)
+            data = bytes(data)
+        return self._long(_writev, _address_of(data), addr, count)
 
     def _long(self, call: ctypes._NamedFuncPointer, ours: int, theirs: int, count: int) -> int:
         iovecs = bytearray(_IOVECS.size)
@@ -125,6 +125,10 @@ class CallerMemory:
                 raise KernelError(errno.EFAULT, f"the string at {addr:#x} cannot be read")
             want = KEPT
         raise KernelError(errno.ENAMETOOLONG, f"the path at {addr:#x} is longer than {limit} bytes")
+
+
+def _address_of(data: bytes) -> int:
+    return ctypes.cast(ctypes.c_char_p(data), ctypes.c_void_p).value or 0
 
 
 _said: set[int] = set()

@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import os
 import struct
+import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -82,9 +83,7 @@ class ThreadGroup:
     def need_space(self) -> AddressSpace:
         """The AddressSpace of the group's mm, made when first asked for."""
         space = self.space
-        if space is None:
-            space = self.space = self._processes.space_of(self)
-        return space
+        return self._processes.make_space(self) if space is None else space
 
 
 class Thread:
@@ -144,7 +143,7 @@ class Thread:
 
 
 class Processes:
-    """All recorded threads and groups. The caller serialises changes (the supervisor's bookkeeping lock)."""
+    """All recorded threads and groups. Look-ups of what is there take no lock."""
 
     def __init__(self, physical: Physical, make_space: Callable[[int, Physical], AddressSpace]) -> None:
         self.threads: dict[int, Thread] = {}
@@ -153,8 +152,9 @@ class Processes:
         self.descriptors: Descriptors | None = None
         self.on_new_group: Callable[[ThreadGroup], None] = lambda group: None
         self._strangers: dict[int, int] = {}
-        self._physical = physical
-        self._make_space = make_space
+        self.physical = physical
+        self._new_space = make_space
+        self._lock = threading.RLock()
 
     # ---- looking up
 
@@ -172,6 +172,10 @@ class Processes:
         return self._new_thread(tid)
 
     def _new_thread(self, tid: int) -> Thread:
+        with self._lock:
+            return self._make_thread(tid)
+
+    def _make_thread(self, tid: int) -> Thread:
         tgid = tgid_of(tid)
         group_start = start_time(tgid)
         group = self.groups.get(tgid)
@@ -198,7 +202,7 @@ class Processes:
             return None
         if tgid_of(tid) in self.groups:
             return self.thread(tid)
-        for group in self.groups.values():
+        for group in list(self.groups.values()):
             if group.space is not None and not group.exiting and same_vm(tid, group.tgid):
                 thread = self.thread(tid)
                 thread.group.space = group.space
@@ -225,19 +229,24 @@ class Processes:
 
     # ---- address spaces
 
-    def space_of(self, group: ThreadGroup) -> AddressSpace:
-        """The AddressSpace ``group`` shares with another recorded group, else a new one."""
-        for other in list(self.groups.values()):
-            space = other.space
-            if other is not group and space is not None and space.alive and same_vm(group.tgid, other.tgid):
-                return space
-        return self._make_space(group.tgid, self._physical)
+    def make_space(self, group: ThreadGroup) -> AddressSpace:
+        """Gives ``group`` the AddressSpace it shares with another recorded group, else a new one."""
+        with self._lock:
+            if group.space is not None:
+                return group.space
+            for other in self.groups.values():
+                space = other.space
+                if other is not group and space is not None and space.alive and same_vm(group.tgid, other.tgid):
+                    group.space = space
+                    return space
+            made = group.space = self._new_space(group.tgid, self.physical)
+            return made
 
     def process_of(self, group: ThreadGroup, uid: int) -> Process:
         """The group's accounting Process for ``uid`` (one object while user and address space stay)."""
         from iommufd.memory.accounting import Process
 
-        user, space = self._physical.user(uid), group.need_space()
+        user, space = self.physical.user(uid), group.need_space()
         process = group.process
         if process is None or process.user is not user or process.space is not space:
             process = group.process = Process(group.tgid, user, space)
@@ -245,15 +254,7 @@ class Processes:
 
     def sharers(self, space: AddressSpace) -> list[ThreadGroup]:
         """The recorded groups that use ``space`` and are not on their way out."""
-        return [g for g in self.groups.values() if g.space is space and not g.exiting]
-
-    def spaces(self) -> list[AddressSpace]:
-        """Every AddressSpace in use, once."""
-        found: list[AddressSpace] = []
-        for group in self.groups.values():
-            if group.space is not None and not any(group.space is space for space in found):
-                found.append(group.space)
-        return found
+        return [g for g in list(self.groups.values()) if g.space is space and not g.exiting]
 
     # ---- exec and exit
 
@@ -265,7 +266,7 @@ class Processes:
             group.exec_by = thread.tid
         group.files.clear()
         group.listings.clear()
-        for other in group.threads.values():
+        for other in list(group.threads.values()):
             other.age = -1
 
     def _settle_exec(self, thread: Thread) -> None:
@@ -298,9 +299,10 @@ class Processes:
 
     def group_ended(self, group: ThreadGroup) -> None:
         """The process is gone (or its number is somebody else's): forgets it."""
-        if self.groups.get(group.tgid) is group:
-            del self.groups[group.tgid]
-        group.exiting = True
+        with self._lock:
+            if self.groups.get(group.tgid) is group:
+                del self.groups[group.tgid]
+            group.exiting = True
         for thread in list(group.threads.values()):
             self._drop_thread(thread)
         self._leave_space(group)

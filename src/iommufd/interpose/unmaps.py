@@ -13,6 +13,7 @@ Invariants:
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from typing import TYPE_CHECKING
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from iommufd.interpose.notify import Listener
     from iommufd.interpose.processes import Processes, Thread
     from iommufd.interpose.trap import Answered, Proceed
+    from iommufd.memory.files import FileSpace
     from iommufd.memory.space import AddressSpace
 
 PAGE = 4096
@@ -63,6 +65,16 @@ class Unmaps:
         self._processes = processes
         self._listener = listener
         self.moving: list[Moving] = []
+        processes.physical.locate = self._locate
+
+    def _locate(self, file: FileSpace) -> None:
+        """Lets the address spaces of other processes that map ``file`` know of it: its last known mapping goes."""
+        dev, inode, _ = file.key
+        for pid in descendants():
+            for start, end in shared_mappings(pid, dev, inode):
+                with contextlib.suppress(OSError, KernelError):
+                    space = self._processes.thread(pid).group.need_space()
+                    space.look(start, (end - start) // PAGE)
 
     def _thread(self, trap: Trap) -> Thread | None:
         """The caller, if its address space has anything pinned."""
@@ -212,7 +224,7 @@ class Unmaps:
         if space is None or not space.pinned_vm or len(self._processes.sharers(space)) != 1:
             return PROCEED
         if looks_executable(trap.tid, dirfd, addr):  # a search through PATH fails often, and costs nothing here
-            space.unmap(0, END)
+            space.save()
         return PROCEED
 
     def exit_group(self, trap: Trap) -> Proceed:
@@ -227,6 +239,20 @@ class Unmaps:
         if space is not None and space.alive and not self._processes.sharers(space):
             space.gone(rescue=bool(space.pinned_vm) and not is_alone(thread.group.tgid))
         return PROCEED
+
+
+def shared_mappings(pid: int, dev: int, inode: int) -> Ranges:
+    """Where a process maps the file ``(dev, inode)`` shared."""
+    found: Ranges = []
+    needle = f" {os.major(dev):02x}:{os.minor(dev):02x} {inode} ".encode()
+    with contextlib.suppress(OSError), open(f"/proc/{pid}/maps", "rb") as maps:
+        for line in maps:
+            if needle in line:
+                words = line.split(None, 2)
+                if words[1].endswith(b"s"):
+                    start, _, end = words[0].partition(b"-")
+                    found.append((int(start, 16), int(end, 16)))
+    return found
 
 
 def settle(move: Moving) -> bool:

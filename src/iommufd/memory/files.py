@@ -173,6 +173,15 @@ class FileSpace:
         """Whether file pages can be had by a descriptor, or by mappings in other address spaces."""
         if self.obtain():
             return True
+        if self._mapped_elsewhere(page, count, without):
+            return True
+        locate = self._physical.locate
+        if locate is None:
+            return False
+        locate(self)
+        return self._mapped_elsewhere(page, count, without)
+
+    def _mapped_elsewhere(self, page: int, count: int, without: AddressSpace) -> bool:
         position, end = page << PAGE_SHIFT, (page + count) << PAGE_SHIFT
         while position < end:
             for space in [*self.spaces]:

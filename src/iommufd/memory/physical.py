@@ -16,6 +16,8 @@ from iommufd.memory.store import Store
 from iommufd.memory.vma import FileKey
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from iommufd.memory.space import AddressSpace
 
 
@@ -29,6 +31,9 @@ class Physical:
         self.files: dict[FileKey, FileSpace] = {}
         self.users: dict[int, User] = {}
         self.spaces: weakref.WeakSet[AddressSpace] = weakref.WeakSet()
+        # Who knows more processes than have pinned here makes intervals for their mappings of a file (AddressSpace.look)
+        # when the last mapping known goes and there is no descriptor.
+        self.locate: Callable[[FileSpace], None] | None = None
 
     def user(self, uid: int) -> User:
         """The user ``uid``, one object per machine."""
