@@ -15,7 +15,8 @@ import sys
 import tempfile
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 
 from iommufd.errors import errno_name
@@ -72,8 +73,16 @@ def first_difference(kernel: Sequence[str], software: Sequence[str]) -> int | No
     return None if len(kernel) == len(software) else min(len(kernel), len(software))
 
 
-def shrink(program: Program, out: Path) -> tuple[Program, list[str], list[str]]:
-    """The fewest steps that still make the kernel and the software differ, with both answers.
+Player = Callable[[Sequence[Program]], dict[int, list[str]]]
+
+
+def in_process(programs: Sequence[Program]) -> dict[int, list[str]]:
+    """The answers of a machine in this process."""
+    return {program.seed: play(program) for program in programs}
+
+
+def shrink(program: Program, out: Path, software: Player) -> tuple[Program, list[str], list[str]]:
+    """The fewest steps that still make the kernel and ``software`` differ, with both answers.
 
     Every round plays all candidates with one step (or a run of steps) less in one VM."""
     best = program
@@ -84,7 +93,10 @@ def shrink(program: Program, out: Path) -> tuple[Program, list[str], list[str]]:
             steps = best.steps[:at] + best.steps[at + span :]
             candidates.append(Program(len(candidates), steps))
         said = on_kernel(candidates, out)
-        smaller = next((c for c in candidates if first_difference(said.get(c.seed, []), play(c)) is not None), None)
+        ours = software(candidates)
+        smaller = next(
+            (c for c in candidates if first_difference(said.get(c.seed, []), ours.get(c.seed, [])) is not None), None
+        )
         if smaller is not None:
             best = smaller
             span = max(min(span, len(best.steps) // 2), 1)
@@ -93,7 +105,7 @@ def shrink(program: Program, out: Path) -> tuple[Program, list[str], list[str]]:
         else:
             span //= 2
     last = Program(0, best.steps)
-    return last, on_kernel([last], out)[0], play(last)
+    return last, on_kernel([last], out)[0], software([last])[0]
 
 
 class Histogram:
@@ -129,7 +141,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     first, _, last = options.seeds.partition("-")
     seeds = range(int(first), int(last or first) + 1)
-    histogram, bad, started = Histogram(), [], time.monotonic()
+    histogram, started = Histogram(), time.monotonic()
+    bad: list[tuple[Program, Player]] = []
     kernel_tree.image()
     with tempfile.TemporaryDirectory(prefix="iommufd-fuzz-") as name:
         out = Path(name)
@@ -148,7 +161,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 for way, ours in others.items():
                     step = first_difference(said, ours)
                     if step is not None:
-                        bad.append(program)
+                        bad.append((program, in_process if way == "as written" else partial(through_the_door, out=out)))
                         print(f"seed {program.seed} step {step} {way}: {program.steps[step]}")
                         print(f"  kernel   {said[step] if step < len(said) else '(nothing)'}")
                         print(f"  software {ours[step] if step < len(ours) else '(nothing)'}")
@@ -156,8 +169,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             done = min(start + BATCH, seeds.stop) - seeds.start
             print(f"{done} programs, {histogram.calls} steps, {len(bad)} differ, {time.monotonic() - started:.0f} s")
             sys.stdout.flush()
-        for program in bad[:3]:
-            small, theirs, ours = shrink(program, out)
+        for program, software in bad[:3]:
+            small, theirs, ours = shrink(program, out, software)
             print(f"\nseed {program.seed}, shrunk to {len(small.steps)} steps:")
             for shrunk, there, here in zip(small.steps, theirs, ours, strict=False):
                 mark = "  " if there.strip() == here.strip() else "->"

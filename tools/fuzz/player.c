@@ -164,7 +164,7 @@ static void step(void)
 		at += length;
 		break;
 	case POLL: {
-		struct pollfd p = { .fd = slots[u8()], .events = POLLIN | POLLOUT | POLLRDNORM | POLLWRNORM };
+		struct pollfd p = { .fd = slots[u8()], .events = POLLIN | POLLOUT | POLLRDNORM };
 
 		result = poll(&p, 1, 0);
 		answer(result < 0 ? -1 : p.revents);

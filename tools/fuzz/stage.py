@@ -101,7 +101,7 @@ class Stage:
         if step.kind == POLL:
             if fd < 0:
                 return "0"
-            events = select.POLLIN | select.POLLOUT | select.POLLRDNORM | select.POLLWRNORM
+            events = select.POLLIN | select.POLLOUT | select.POLLRDNORM
             return str(self.backend.poll(fd, events, 0))
         if step.kind == POKE:
             ctypes.memmove(step.numbers[0], step.data, len(step.data))
