@@ -143,7 +143,8 @@ class Author:
         if used and not self.chance(0.04):
             slot: int = self.r.choice(used)
             return slot
-        return self.r.choice((*slots, 0))
+        other: int = self.r.choice((*slots, 0))
+        return other
 
     # --------------------------------------------------------------------------------------------------------- steps
 
