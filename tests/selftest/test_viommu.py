@@ -4,13 +4,22 @@
 from __future__ import annotations
 
 import errno
+import gc
 import os
 from struct import pack, unpack
 
 import pytest
 
+from iommufd.engine.eventq import QueueFile
+from iommufd.engine.fault import FaultQueue
+from iommufd.engine.hw_queue import HwQueue
 from iommufd.engine.ledger import difference
+from iommufd.engine.vdevice import Vdevice
+from iommufd.engine.veventq import VeventQueue
+from iommufd.engine.viommu import Viommu
 from iommufd.memory.space import READ, WRITE
+from iommufd.selftest.device import MockDevice
+from iommufd.selftest.nested import MockNestedDomain
 from iommufd.uapi import iommufd as u
 from iommufd.uapi import iommufd_test as t
 from tests.engine.fakes import ARRAY, BUFFER
@@ -430,3 +439,44 @@ def test_everything_goes_with_the_context(mapped: Guest) -> None:  # events-viom
     assert mapped.context.references == 0
     assert len(mapped.context.objects) == 0
     mapped.quiet()
+
+
+def test_nothing_waits_for_the_cyclic_collector() -> None:
+    """The supervisor runs with it disabled: what was destroyed must be gone by itself."""
+
+    def live() -> list[object]:
+        kinds = (Viommu, Vdevice, HwQueue, VeventQueue, FaultQueue, QueueFile, MockDevice, MockNestedDomain)
+        return [obj for obj in gc.get_objects() if isinstance(obj, kinds)]
+
+    gc.collect()
+    gc.disable()
+    try:
+        before = len(live())
+        for leaky in (False, True):
+            use_everything(leaky)
+            assert len(live()) == before
+    finally:
+        gc.enable()
+
+
+def use_everything(leaky: bool) -> None:
+    g = Guest()
+    g.map(g.ioas_id, IOVA, 4 * P, BUFFER)
+    g.object(g.first).private.clears_slot_0 = leaky  # type: ignore[attr-defined]
+    g.do(viommu_cmd(g, 24))
+    g.do(queue(g, 0))
+    g.destroy(g.do(queue(g, 1, page=1)).out_hw_queue_id)
+    g.vdevice(g.first, 4)
+    fault = g.do(u.iommu_fault_alloc())
+    g.replace(g.nested(g.first, flags=FAULT, fault_id=fault.out_fault_id))
+    veventq(g)
+    for _ in range(3):
+        g.op(t.test_trigger_vevent(dev_id=g.dev))
+        g.op(t.test_trigger_iopf(dev_id=g.dev))
+        g.queue_read(fault.out_fault_fd, 40)
+    g.op(t.test_trigger_iopf(dev_id=g.dev))
+    g.destroy(g.stdev)
+    for fd in list(g.proc.installed):
+        g.close(fd)
+    g.context.put()
+    assert len(g.context.objects) == 0

@@ -60,6 +60,7 @@ class Viommu(Object):
             self.ops.destroy(self)
         while self.regions:  # those the driver left
             self.destroy_mmap(self.regions[-1].offset)
+        self.private = None  # it may refer to the vIOMMU
         with self.context.world.lock:
             self.hwpt.users -= 1
 
