@@ -132,9 +132,7 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_against_a_naive_model() -> None:
     from hypothesis.stateful import run_state_machine_as_test
 
-    run_state_machine_as_test(  # type: ignore[no-untyped-call]
-        Comparison, settings=settings(max_examples=60, stateful_step_count=30, deadline=None)
-    )
+    run_state_machine_as_test(Comparison, settings=settings(max_examples=60, stateful_step_count=30, deadline=None))
 
 
 def test_empty() -> None:

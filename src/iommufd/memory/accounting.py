@@ -9,6 +9,7 @@ The kernel objects are ``user_struct.locked_vm``, ``mm_struct.locked_vm`` and ``
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import errno
 import resource
@@ -75,10 +76,8 @@ class Process:
 
     def memlock_limit(self) -> int | None:
         """RLIMIT_MEMLOCK in bytes, None for infinite: now, or as last seen when the process has exited."""
-        try:
+        with contextlib.suppress(OSError, ValueError):
             self._known = self._limit(self.tgid)
-        except (OSError, ValueError):
-            pass
         return self._known
 
 

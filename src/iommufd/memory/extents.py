@@ -16,7 +16,8 @@ from iommufd.memory.frames import PAGE_SHIFT, PAGE_SIZE, Chunk, Extent, Extents
 
 
 class Run(NamedTuple):
-    """``repeat`` physically contiguous pieces of ``nbytes``, each ``stride`` bytes of physical address after the one before.
+    """``repeat`` physically contiguous pieces of ``nbytes``, each ``stride`` bytes of physical address after the one
+    before.
 
     Piece k covers the range's bytes ``[offset + k*nbytes, offset + (k+1)*nbytes)`` at ``paddr + k*stride``. No two
     pieces, of one Run or of consecutive ones, are physically adjacent.

@@ -1,7 +1,7 @@
 """FileSpace: the pages of one file, which have one identity however they are reached.
 
-Invariants: page ``p`` of a file has the same frame through every shared mapping in every process and through MAP_FILE. A
-FileSpace lives while a VA interval or a HostFile refers to it (``users``) or one of its pages is pinned; then its
+Invariants: page ``p`` of a file has the same frame through every shared mapping in every process and through MAP_FILE.
+A FileSpace lives while a VA interval or a HostFile refers to it (``users``) or one of its pages is pinned; then its
 identities are dropped. It holds a descriptor of the file only while pages are pinned, so it keeps no memory alive that
 the program has given up. A file that a program cuts or punches loses the contents of pinned pages there (a kernel would
 keep them).
@@ -12,6 +12,7 @@ The kernel object is the ``address_space`` of an inode.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import fcntl
 import mmap
@@ -33,8 +34,8 @@ WINDOW_PAGES = 1 << 24  # 64 GiB: how far around the pages asked for a new chunk
 class FileSpace:
     """Identities of one file's pages, and the Source of their bytes (positions are file offsets).
 
-    Guarded by the allocator's lock. Bytes go through ``fd``; where no process has a descriptor to offer (anonymous shared
-    memory), through a mapping in one of ``spaces`` (how many intervals each of them has).
+    Guarded by the allocator's lock. Bytes go through ``fd``; where no process has a descriptor to offer (anonymous
+    shared memory), through a mapping in one of ``spaces`` (how many intervals each of them has).
     """
 
     __slots__ = (
@@ -70,7 +71,8 @@ class FileSpace:
     # -------------------------------------------------------------------------------------------------------- identity
 
     def resolve(self, page: int, count: int, cover: tuple[int, int]) -> Extents:
-        """The frames of file pages ``[page, page + count)``. New chunks reach as far as ``cover`` (first, last page)."""
+        """The frames of file pages ``[page, page + count)``. New chunks reach as far as ``cover`` (first, last
+        page)."""
         found: list[Extent] = []
         end = page + count
         with self._physical.lock:
@@ -249,12 +251,10 @@ class FileSpace:
 
 
 def _save_mapped(fd: int, page_size: int, position: int, data: bytes | bytearray | memoryview) -> bool:
-    """hugetlbfs files cannot be written, only mapped. The copy goes through /proc/self/mem, which answers an error where
-    touching the mapping (a file that was cut, no huge page left) would be a deadly signal."""
+    """hugetlbfs files cannot be written, only mapped. The copy goes through /proc/self/mem, which answers an error
+    where touching the mapping (a file that was cut, no huge page left) would be a deadly signal."""
     start = position & -page_size
     size = -(-(position + len(data)) // page_size) * page_size - start
-    import ctypes
-
     with mmap.mmap(fd, size, offset=start) as window, open("/proc/self/mem", "r+b", buffering=0) as memory:
         anchor = ctypes.c_char.from_buffer(window)
         va = ctypes.addressof(anchor)

@@ -6,11 +6,11 @@ different blocks are never adjacent, so hardware formats cannot see contiguity t
 slice of a chunk; whatever is pinned or mapped is a short tuple of extents, so 1 TiB costs what 4 KiB costs.
 
 Invariants. A chunk's PFN range belongs to it until three counts are all zero: ``pinned`` (pages pinned, each as often
-as it is pinned), ``maps`` (holders other than pins; a domain need not hold one, what it maps is pinned or a dma-buf) and
-``holders`` (VA or file intervals that resolve to it). Then, and only then, the range returns to the allocator, which
-hands out untouched ranges as long as there are any. All counts and ``pieces`` are guarded by
-``FrameAllocator.lock``, which is re-entrant, taken last and never held while bytes are copied; a copy raises ``busy`` instead, and whoever moves contents elsewhere
-raises ``moving`` and waits until nobody is busy.
+as it is pinned), ``maps`` (holders other than pins; a domain need not hold one, what it maps is pinned or a dma-buf)
+and ``holders`` (VA or file intervals that resolve to it). Then, and only then, the range returns to the allocator,
+which hands out untouched ranges as long as there are any. All counts and ``pieces`` are guarded by
+``FrameAllocator.lock``, which is re-entrant, taken last and never held while bytes are copied; a copy raises ``busy``
+instead, and whoever moves contents elsewhere raises ``moving`` and waits until nobody is busy.
 
 The kernel object is ``struct page`` / ``struct folio`` with its FOLL_PIN count.
 """

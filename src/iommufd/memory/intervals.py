@@ -1,10 +1,10 @@
 """Disjoint intervals in address order, and the holes between them: what the kernel keeps in an interval tree.
 
 Invariants: intervals are inclusive ``[first, last]``, 0 <= first <= last < 2**64, never overlap, and stand in ascending
-order in *blocks* of at most ``LOAD``, blocks in *groups* of at most ``GROUP``. A block holds three rows: where each interval
-begins, how long the hole before it is, and its value. Where an interval ends follows from the next one and the hole
-between (``ends`` has it for the last of a block), so an entry costs 24 bytes, keys included, and the hole rows are what a
-hole search reads.
+order in *blocks* of at most ``LOAD``, blocks in *groups* of at most ``GROUP``. A block holds three rows: where each
+interval begins, how long the hole before it is, and its value. Where an interval ends follows from the next one and the
+hole between (``ends`` has it for the last of a block), so an entry costs 24 bytes, keys included, and the hole rows are
+what a hole search reads.
 
 ``tops`` (per block), ``_tops`` (per group) and ``_peaks`` (per ``FAN`` groups) are *upper bounds* of the longest hole
 before any interval there. Inserting only makes holes shorter, so bounds stay true without work; removing raises them; a

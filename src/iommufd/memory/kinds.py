@@ -1,8 +1,8 @@
 """What kind of file is behind a descriptor or a mapping, as far as pinning cares.
 
-Kinds: 'anon' (no file), 'shmem' (tmpfs, memfd, shared anonymous, SysV), 'hugetlbfs', 'ramfs', 'other' (a file system that
-tracks dirty pages), 'special' (VM_IO, VM_PFNMAP or secretmem: cannot be pinned). A device number says it for ordinary
-file systems; only mappings of devices and of file systems without files in memory need a look into smaps.
+Kinds: 'anon' (no file), 'shmem' (tmpfs, memfd, shared anonymous, SysV), 'hugetlbfs', 'ramfs', 'other' (a file system
+that tracks dirty pages), 'special' (VM_IO, VM_PFNMAP or secretmem: cannot be pinned). A device number says it for
+ordinary file systems; only mappings of devices and of file systems without files in memory need a look into smaps.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ _libc.fstatfs.argtypes = [ctypes.c_int, ctypes.c_char_p]
 
 
 def file_kind(fd: int) -> tuple[str, int]:
-    """The kind of the file behind ``fd`` ('shmem', 'hugetlbfs', 'ramfs', 'dmabuf' or 'other'), the order of its pages."""
+    """The kind of the file behind ``fd`` ('shmem', 'hugetlbfs', 'ramfs', 'dmabuf' or 'other'), the order of its
+    pages."""
     buffer = ctypes.create_string_buffer(256)
     if _libc.fstatfs(fd, buffer):
         return "other", 0

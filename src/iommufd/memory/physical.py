@@ -1,7 +1,7 @@
 """Physical: the memory side of one machine: frames, files, users, and a store for contents without another home.
 
-Lock order: an ``AddressSpace``'s lock, then ``Physical.lock``, which is the FrameAllocator's. Neither is held while bytes
-are copied.
+Lock order: an ``AddressSpace``'s lock, then ``Physical.lock``, which is the FrameAllocator's. Neither is held while
+bytes are copied.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ class Physical:
         self.files: dict[FileKey, FileSpace] = {}
         self.users: dict[int, User] = {}
         self.spaces: weakref.WeakSet[AddressSpace] = weakref.WeakSet()
-        # Who knows more processes than have pinned here makes intervals for their mappings of a file (AddressSpace.look)
-        # when the last mapping known goes and there is no descriptor.
+        # Who knows more processes than have pinned here makes intervals for their mappings of a file
+        # (AddressSpace.look) when the last mapping known goes and there is no descriptor.
         self.locate: Callable[[FileSpace], None] | None = None
 
     def user(self, uid: int) -> User:

@@ -3,8 +3,8 @@
 Invariants: ``/proc/PID/mem`` and ``/proc/PID/maps`` are opened once and stay tied to the mm of that moment, so they
 answer nothing (0 bytes, ESRCH) once it exits or execs, and never show another program's memory. ``read`` and ``write``
 use process_vm_readv/writev, which honour page protections but name a process: they are for the length of a call of that
-process. ``peek`` and ``poke`` use the mem file, which does not honour protections. Works for the own process too: a wrong
-address is a short count, never a signal. Safe to call from several threads.
+process. ``peek`` and ``poke`` use the mem file, which does not honour protections. Works for the own process too: a
+wrong address is a short count, never a signal. Safe to call from several threads.
 
 The kernel objects are ``mm_struct`` and its VMAs.
 """
@@ -28,8 +28,8 @@ PROCMAP_QUERY_COVERING_OR_NEXT_VMA = 0x10
 PAGEMAP_SCAN = 0xC0606610  # _IOWR('f', 16, struct pm_scan_arg), Linux 6.7
 PAGE_IS_PRESENT, PAGE_IS_SWAPPED = 1 << 3, 1 << 4
 
-# struct procmap_query: size flags addr | start end vma_flags page_size offset inode | major minor name_size build_id_size
-# | name_addr build_id_addr
+# struct procmap_query: size flags addr | start end vma_flags page_size offset inode |
+# major minor name_size build_id_size | name_addr build_id_addr
 _QUERY = struct.Struct("=QQQQQQQQQIIIIQQ")
 _QUESTION = _QUERY.pack(_QUERY.size, PROCMAP_QUERY_COVERING_OR_NEXT_VMA, *[0] * 13)
 _ADDR_AT, _ANSWER_AT, _NAME_SIZE_AT = 16, 24, 80
@@ -278,8 +278,8 @@ class ProcHost:
     # ---------------------------------------------------------------------------------------------------------- others
 
     def open_file(self, vma: Vma) -> int | None:
-        """The file ``vma`` maps, for reading and writing if possible: by map_files (privileged), or by any descriptor of
-        the process that is the same file."""
+        """The file ``vma`` maps, for reading and writing if possible: by map_files (privileged), or by any descriptor
+        of the process that is the same file."""
         fd = _open_same(f"/proc/{self.pid}/map_files/{vma.start:x}-{vma.end:x}", vma)
         if fd is None:
             with contextlib.suppress(OSError):

@@ -3,15 +3,15 @@
 Invariants. Private memory (anonymous, and private file mappings, which a long-term pin unshares) takes its frames from
 chunks of this space; shared mappings take them from the file's FileSpace. ``_index`` maps page intervals of VA to them.
 An interval appears when something in its VMA is first pinned and then covers what of the VMA is not yet covered (up to
-``WINDOW_PAGES`` around the pages asked for), so a million pins in one buffer cost one chunk. It goes when its addresses do:
-the interposer announces ``unmap``, ``move`` and ``gone`` *before* the call happens; frames still pinned keep their
+``WINDOW_PAGES`` around the pages asked for), so a million pins in one buffer cost one chunk. It goes when its addresses
+do: the interposer announces ``unmap``, ``move`` and ``gone`` *before* the call happens; frames still pinned keep their
 contents, which are copied into the machine's store first. Only ranges with pins need be announced, for frames that
-nobody has pinned may as well serve the next mapping. Without announcements (own process, ``--no-pin-tracking``) a VA that
-was unmapped and mapped again the same way still means its old frame.
+nobody has pinned may as well serve the next mapping. Without announcements (own process, ``--no-pin-tracking``) a VA
+that was unmapped and mapped again the same way still means its old frame.
 
 Pinning touches no page: a VMA is asked for its permissions and kind, nothing else (of a file mapping the last page is
-touched, to know that the file reaches that far). ``_lock`` guards ``_index``; it is taken before ``Physical.lock``, never
-together with another space's, and never held while contents are copied.
+touched, to know that the file reaches that far). ``_lock`` guards ``_index``; it is taken before ``Physical.lock``,
+never together with another space's, and never held while contents are copied.
 
 The kernel objects are ``mm_struct`` and its VMAs; the rules are those of pin_user_pages(FOLL_LONGTERM).
 """
@@ -160,8 +160,8 @@ class AddressSpace:
     def pin(self, va: int, npages: int, write: bool, *, current: bool = True) -> Extents:
         """Long-term pin of ``npages`` whole pages from the one that contains ``va``, all or nothing (core 5.5).
 
-        ``write`` pins for writing. ``current`` says that the space is the calling thread's own. KernelError: EFAULT where
-        a page cannot be pinned or the space is gone; EOVERFLOW when the range wraps 2**64 (current process only);
+        ``write`` pins for writing. ``current`` says that the space is the calling thread's own. KernelError: EFAULT
+        where a page cannot be pinned or the space is gone; EOVERFLOW when the range wraps 2**64 (current process only);
         ENOMEM without frames. :func:`iommufd.memory.extents.unpin_extents` undoes it, also when the space is gone.
         """
         with self._lock:
@@ -307,8 +307,8 @@ class AddressSpace:
                 self._rescue(held.chunk, index, count, page)
 
     def move(self, old: int, new: int, length: int) -> None:
-        """mremap moves bytes ``[old, old + length)`` to ``new``; the frames go with it. Pins in what was at ``new`` must
-        have been announced by :meth:`unmap` before."""
+        """mremap moves bytes ``[old, old + length)`` to ``new``; the frames go with it. Pins in what was at ``new``
+        must have been announced by :meth:`unmap` before."""
         first, last, by = old >> PAGE_SHIFT, (old + length - 1) >> PAGE_SHIFT, (new - old) >> PAGE_SHIFT
         with self._lock:
             moved = [

@@ -33,6 +33,9 @@ class Store:
         self._lock = threading.Lock()
         self._used: IntervalIndex[None] = IntervalIndex()
 
+    def __del__(self) -> None:
+        self.close()
+
     def reserve(self, npages: int) -> int:
         """The position of ``npages`` zero pages. KernelError(ENOMEM) when there is no room."""
         with self._lock:

@@ -20,8 +20,8 @@ FileKey = tuple[int, int, str]  # st_dev, st_ino, and the name of a SysV segment
 class Vma:
     """One mapping ``[start, end)`` as /proc tells it.
 
-    ``flags`` are READ, WRITE, EXEC, SHARED. ``dev`` (as st_dev), ``ino`` and ``offset`` (bytes) are those of the file, 0
-    without one. ``kind`` is one of those in :mod:`iommufd.memory.kinds`. Never changed after construction.
+    ``flags`` are READ, WRITE, EXEC, SHARED. ``dev`` (as st_dev), ``ino`` and ``offset`` (bytes) are those of the file,
+    0 without one. ``kind`` is one of those in :mod:`iommufd.memory.kinds`. Never changed after construction.
     """
 
     __slots__ = ("dev", "end", "flags", "ino", "kind", "name", "offset", "page_size", "start")
