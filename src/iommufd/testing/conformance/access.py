@@ -61,7 +61,7 @@ def the_access_file(s: Subject) -> None:
     s.refuses(EBADFD, fd, t.test_access_replace_ioas(id=9999))
 
 
-@check("mock 6.2 row 1", "mock 6.2 row 2", "mock 6.2 row 4", "mock 6.2 row 6", "mock 6.2 row 7", "core 5.6 pin row 1")
+@check("mock 6.2 row 1", "mock 6.2 row 2", "mock 6.2 row 4", "mock 6.2 row 6", "mock 6.2 row 7", "core 5.6 row 1")
 def access_pages_refuses(s: Subject) -> None:
     fd, ioas = open_ioas(s)
     access, plain = access_on(s, fd, ioas), access_on(s, fd, ioas, 0)
@@ -76,9 +76,9 @@ def access_pages_refuses(s: Subject) -> None:
     "mock 6.2 row 8",
     "mock 6.2 row 9",
     "mock 6.2 row 11",
-    "core 5.6 pin row 2",
-    "core 5.6 pin row 3",
-    "core 5.6 pin row 7",
+    "core 5.6 row 2",
+    "core 5.6 row 3",
+    "core 5.6 row 7",
 )
 def access_pages_and_the_areas(s: Subject) -> None:
     fd, ioas = open_ioas(s)
@@ -118,7 +118,7 @@ def pinned_pages_are_compared_and_counted(s: Subject) -> None:
     s.do(fd, t.test_md_check_refs(length=2 * PAGE, uptr=s.page(0), refs=0))
 
 
-@check("mock 6.2 row 10", "core 5.6 pin row 6", "core 5.5 user")
+@check("mock 6.2 row 10", "core 5.6 row 6", "core 5.5 user")
 def pinning_bad_memory(s: Subject) -> None:
     fd, ioas = open_ioas(s)
     s.munmap(s.page(40), PAGE)
