@@ -207,6 +207,9 @@ class FakeTask:
     def read_upto(self, addr: int, count: int) -> bytes:
         return self.owner.host.read(addr, count)
 
+    def read_into(self, addr: int, buffer: bytearray | memoryview) -> None:
+        buffer[:] = self.read(addr, len(buffer))
+
     def read(self, addr: int, count: int) -> bytes:
         return self.space.read(addr, count)
 

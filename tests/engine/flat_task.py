@@ -33,6 +33,9 @@ class FlatTask:
         at = addr - BASE
         return bytes(self.memory[at : at + count]) if 0 <= at < SIZE else b""
 
+    def read_into(self, addr: int, buffer: bytearray | memoryview) -> None:
+        buffer[:] = self.read(addr, len(buffer))
+
     def read(self, addr: int, count: int) -> bytes:
         data = self.read_upto(addr, count)
         if len(data) < count:

@@ -32,7 +32,7 @@ _STEP = 1 << 22  # entries converted between granularities at a time
 class IovaBitmap:
     """The bitmap at ``data`` in the memory of ``task`` for ``[iova, iova + length)``; a DirtySink."""
 
-    __slots__ = ("_end", "_pages", "_shift", "_task", "_total", "_window", "data", "iova")
+    __slots__ = ("_end", "_pages", "_scratch", "_shift", "_task", "_total", "_window", "data", "iova")
 
     def __init__(self, task: Task, data: int, iova: int, length: int, page_size: int) -> None:
         self._task = task
@@ -42,6 +42,7 @@ class IovaBitmap:
         self._total = (-(-length >> self._shift) + 7) >> 3  # bytes of the bitmap
         self._window = self._end = 0  # [first, end) bytes of the window
         self._pages: dict[int, _Page] = {}
+        self._scratch: Bits | None = None
 
     def record(self, iova: int, length: int) -> None:
         """The entry ``[iova, iova + length)`` is dirty; one that begins below the request sets nothing."""
@@ -150,12 +151,20 @@ class IovaBitmap:
         return True
 
     def _merge_bulk(self, address: int, add: Bits) -> bool:
-        used = add.nonzero()[0] if add[0] == 0 or add[-1] == 0 else None
-        if used is not None:
-            address, add = address + int(used[0]), add[int(used[0]) : int(used[-1]) + 1]
+        """One piece with some bit set; pages before the first and after the last such are not touched."""
+        start, end = 0, len(add)
+        while not add[start : start + PAGE_SIZE].any():
+            start += PAGE_SIZE
+        while not add[max(end - PAGE_SIZE, start) : end].any():
+            end -= PAGE_SIZE
+        address, add = address + start, add[start:end]
+        if self._scratch is None:
+            self._scratch = packed.empty(8 * _PIECE)
+        merged = self._scratch[: len(add)]
         try:
-            old = packed.of(self._task.read(address, len(add)))
-            self._task.write(address, (old | add).data)
+            self._task.read_into(address, merged.data)
+            merged |= add
+            self._task.write(address, merged.data)
         except KernelError:
             return False
         return True

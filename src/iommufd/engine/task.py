@@ -31,6 +31,9 @@ class Task(Protocol):
     def read(self, addr: int, count: int) -> bytes:
         """Exactly ``count`` bytes at ``addr`` under the caller's page protections; else KernelError(EFAULT)."""
 
+    def read_into(self, addr: int, buffer: bytearray | memoryview) -> None:
+        """As :meth:`read`, into all of a writable, contiguous buffer: for large copies that are to be repeated."""
+
     def read_upto(self, addr: int, count: int) -> bytes:
         """The readable leading bytes of ``[addr, addr+count)``: fewer, or none, where the memory ends."""
 

@@ -67,9 +67,14 @@ class CallerMemory:
                     self._diagnose()
                 return b""
             return bytes(self._view[:got])
-        data = bytes(count)  # filled in place, before anybody else can see it: a copy of a bitmap would cost its read again
+        data = bytes(count)  # filled in place, before anybody else can see it: a copy would cost as much as the read
         done = self._long(_readv, _address_of(data), addr, count)
         return data if done == count else data[:done]
+
+    def read_into(self, addr: int, buffer: bytearray | memoryview) -> int:
+        """Reads into the leading bytes of ``buffer``; how many could be read."""
+        first = ctypes.c_char.from_buffer(buffer)
+        return self._long(_readv, ctypes.addressof(first), addr, len(buffer))
 
     def write_upto(self, addr: int, data: bytes | bytearray | memoryview) -> int:
         """Writes the leading bytes that can be written and returns how many."""
@@ -84,14 +89,14 @@ class CallerMemory:
             return put
         if not isinstance(data, bytes):
             if isinstance(data, bytearray) or (not data.readonly and data.c_contiguous):
-                whole = (ctypes.c_char * count).from_buffer(data)
-                return self._long(_writev, ctypes.addressof(whole), addr, count)
+                first = ctypes.c_char.from_buffer(data)
+                return self._long(_writev, ctypes.addressof(first), addr, count)
             data = bytes(data)
         return self._long(_writev, _address_of(data), addr, count)
 
     def _long(self, call: ctypes._NamedFuncPointer, ours: int, theirs: int, count: int) -> int:
         iovecs = bytearray(_IOVECS.size)
-        raw = (ctypes.c_char * _IOVECS.size).from_buffer(iovecs)
+        raw = ctypes.c_char.from_buffer(iovecs)
         local, remote = ctypes.c_void_p(ctypes.addressof(raw)), ctypes.c_void_p(ctypes.addressof(raw) + 16)
         done = 0
         while done < count and theirs + done < 2**64:
@@ -163,6 +168,11 @@ class RemoteTask:
         if count <= 0:
             return b""
         return self.memory.read_upto(addr, count)
+
+    def read_into(self, addr: int, buffer: bytearray | memoryview) -> None:
+        done = self.memory.read_into(addr, buffer) if len(buffer) else 0
+        if done != len(buffer):
+            raise KernelError(errno.EFAULT, f"only {done} of {len(buffer)} bytes at {addr:#x} can be read")
 
     def read(self, addr: int, count: int) -> bytes:
         data = self.memory.read_upto(addr, count) if count > 0 else b""

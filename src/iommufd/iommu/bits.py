@@ -36,7 +36,8 @@ def each_set(bits: bytes, low: int, high: int) -> Iterator[int]:
 def count_set(bits: bytes, count: int) -> int:
     """How many of the first ``count`` bits are set."""
     whole, rest = divmod(count, 8)
-    total = int.from_bytes(bits[:whole], "little").bit_count()
+    pieces = (bits[at : min(at + 65536, whole)] for at in range(0, whole, 65536))
+    total = sum(int.from_bytes(piece, "little").bit_count() for piece in pieces)
     return total + (bits[whole] & ((1 << rest) - 1)).bit_count() if rest else total
 
 

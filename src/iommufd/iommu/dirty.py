@@ -20,15 +20,20 @@ FEW = 64  # dirty entries of one mapping that are kept as a set
 
 
 class Report:
-    """Dirty entries on their way to a sink: the one of ``size`` bytes at ``iova``, or ``count`` of them as ``bits``."""
+    """Dirty entries on their way to a sink: the one of ``size`` bytes at ``iova``, or ``count`` of them as ``bits``.
 
-    __slots__ = ("bits", "count", "iova", "size")
+    ``owned``: nobody else has the bit array."""
 
-    def __init__(self, iova: int, size: int, bits: Bits | None = None, count: int = 1) -> None:
+    __slots__ = ("bits", "count", "iova", "owned", "size")
+
+    def __init__(
+        self, iova: int, size: int, bits: Bits | None = None, count: int = 1, *, owned: bool = False
+    ) -> None:
         self.iova = iova
         self.size = size
         self.bits = bits
         self.count = count
+        self.owned = owned
 
     def to(self, sink: DirtySink) -> None:
         if self.bits is None:
@@ -48,26 +53,43 @@ class _Marks:
         self.uniform: Uniform | None = None
         self.tried = False  # whether the mapping was asked for its uniform part
 
-    def spread(self, uniform: Uniform | None) -> None:
-        """From now on a bit per entry of the uniform part."""
+    def spread(self, uniform: Uniform | None, spare: Bits | None) -> bool:
+        """From now on a bit per entry of the uniform part; whether ``spare`` (clear bits) was used for them."""
         self.tried = True
         if uniform is None or self.bits is not None:
-            return
+            return False
         self.uniform = uniform
-        self.bits = bitmap.empty((uniform.end - uniform.start) // uniform.size)
+        count = (uniform.end - uniform.start) // uniform.size
+        reuse = spare is not None and len(spare) == (count + 7) >> 3
+        self.bits = spare if reuse and spare is not None else bitmap.empty(count)
         inside = {at for at in self.few if uniform.start <= at < uniform.end}
         self.few -= inside
         for at in inside:
             bitmap.put(self.bits, (at - uniform.start) // uniform.size)
+        return reuse
 
 
 class DirtyState:
-    """The dirty entries of one domain, by the first IOVA of their mapping."""
+    """The dirty entries of one domain, by the first IOVA of their mapping.
 
-    __slots__ = ("_marks",)
+    One bit array that was reported is kept, clear: who reads dirty state reads it again, and fresh memory costs more
+    than the reading."""
+
+    __slots__ = ("_marks", "_spare")
 
     def __init__(self) -> None:
         self._marks: dict[int, _Marks] = {}
+        self._spare: Bits | None = None
+
+    def recycle(self, report: Report) -> None:
+        """The report was delivered; nobody looks at its bits any more."""
+        if report.owned and report.bits is not None and (self._spare is None or len(self._spare) <= len(report.bits)):
+            report.bits.fill(0)
+            self._spare = report.bits
+
+    def _spread(self, marks: _Marks, uniform: Uniform | None) -> None:
+        if marks.spread(uniform, self._spare):
+            self._spare = None
 
     def __bool__(self) -> bool:
         return bool(self._marks)
@@ -83,7 +105,7 @@ class DirtyState:
             return
         marks.few.add(at)
         if not marks.tried and len(marks.few) > FEW:
-            marks.spread(mapping.uniform(first, last, sizes))
+            self._spread(marks, mapping.uniform(first, last, sizes))
 
     def mark_bits(
         self,
@@ -99,12 +121,13 @@ class DirtyState:
     ) -> None:
         """Marks the entry over ``iova + n * step`` for every set bit n of ``[low, high)``; all lie in the mapping."""
         marks = self._marks.get(first)
-        many = high - low > FEW and bitmap.count_set(source[low >> 3 : (high + 7) >> 3], high - (low & ~7)) > FEW
+        octets = source[low >> 3 : (high + 7) >> 3]
+        many = len(octets) - octets.count(0) > FEW
         if many or marks is not None:
             if marks is None:
                 marks = self._marks[first] = _Marks()
             if many and not marks.tried:
-                marks.spread(mapping.uniform(first, last, sizes))
+                self._spread(marks, mapping.uniform(first, last, sizes))
         uniform = marks.uniform if marks is not None else None
         if not many or uniform is None or marks is None or marks.bits is None:
             self._mark_each(first, last, mapping, sizes, iova, step, source, low, high)
@@ -173,7 +196,8 @@ class DirtyState:
         if start > stop:
             return []
         begin, end = (start - uniform.start) // size, (stop - uniform.start) // size + 1
-        if clear and begin == 0 and end == (uniform.end - uniform.start) // size:
+        whole = clear and begin == 0 and end == (uniform.end - uniform.start) // size
+        if whole:
             found, marks.bits, marks.uniform, marks.tried = bits, None, None, False  # nothing stays: no copy
         else:
             found = bitmap.extract(bits, begin, end - begin)
@@ -193,8 +217,8 @@ class DirtyState:
                 reports.append(Report(uniform.start + begin * size, size))
             begin, count = begin + 1, count - 1
             found = bitmap.extract(found, 1, count)
-        if count and found.any():
-            reports.append(Report(uniform.start + begin * size, size, found, count))
+        if count:
+            reports.append(Report(uniform.start + begin * size, size, found, count, owned=whole))
         return reports + after
 
     def forget(self, first: int, last: int, low: int, high: int, mapping: Mapping, sizes: int) -> None:

@@ -122,7 +122,8 @@ class DirtySink(Protocol):
 
     def record_bits(self, iova: int, size: int, bits: memoryview, count: int) -> None:
         """``count`` adjacent entries of ``size`` bytes (a power of two) at once, the first at ``iova``: entry n is
-        dirty when bit n % 8 of byte n // 8 is set. None of them sticks out of the range that was asked for."""
+        dirty when bit n % 8 of byte n // 8 is set. None of them sticks out of the range that was asked for. ``bits``
+        is the sink's only during the call."""
 
 
 @runtime_checkable

@@ -175,7 +175,7 @@ class ExtentDomain(BaseDomain):
     def mark_dirty_bits(self, iova: int, step: int, bits: bytes, count: int) -> None:
         """Bit i of ``bits`` (byte i/8, lowest first, ``count`` of them) marks the entry that covers ``iova + i *
         step``."""
-        if not bits.strip(b"\0"):
+        if bits.count(0) == len(bits):
             return
         with self._lock:
             for first, end, mapping in self._index.items(iova, iova + (count - 1) * step):
@@ -198,3 +198,7 @@ class ExtentDomain(BaseDomain):
         if sink is not None:
             for report in reports:
                 report.to(sink)
+        if clear:
+            with self._lock:
+                for report in reports:
+                    self._dirty.recycle(report)

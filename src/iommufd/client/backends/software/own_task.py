@@ -95,6 +95,9 @@ class OwnTask:
             return bytes(self.buffer[addr - STRUCT : addr - STRUCT + count])
         return self._owner.host.read(addr, count) if count > 0 else b""
 
+    def read_into(self, addr: int, buffer: bytearray | memoryview) -> None:
+        buffer[:] = self.read(addr, len(buffer))
+
     def read(self, addr: int, count: int) -> bytes:
         data = self.read_upto(addr, count)
         if len(data) != count:
