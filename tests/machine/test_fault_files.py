@@ -49,9 +49,11 @@ def _write(file: TextFile, data: bytes, pos: int | None = 0) -> int:
     memory = _Memory()
     memory.write(0, data)
     try:
-        return file.write(cast("Task", memory), 0, len(data), pos)
+        done = file.write(cast("Task", memory), 0, len(data), pos)
     except KernelError as error:
         return -error.errno
+    assert isinstance(done, int)
+    return done
 
 
 @pytest.fixture

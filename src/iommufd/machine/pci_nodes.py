@@ -7,20 +7,24 @@ there.
 from __future__ import annotations
 
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
+from iommufd.machine import pci_attributes as attributes
 from iommufd.machine.node import Node, directory, link, text_file
 from iommufd.vfio.cdev import open_cdev
 from iommufd.vfio.pci_config import BarKind, PciLayout
 
 if TYPE_CHECKING:
+    from iommufd.engine.file import File
+    from iommufd.machine.pci import PciBus, Slot
     from iommufd.vfio.device import VfioDevice
     from iommufd.vfio.group import VfioGroup
 
 CDEV_MAJOR, GROUP_MAJOR = 252, 253
 DEVICES = "/sys/bus/pci/devices"
-DRIVER = "/sys/bus/pci/drivers/vfio-pci"
+DRIVERS = "/sys/bus/pci/drivers"
+DRIVER = f"{DRIVERS}/vfio-pci"
 GROUPS = "/sys/kernel/iommu_groups"
 IORESOURCE_IO, IORESOURCE_MEM, IORESOURCE_PREFETCH, IORESOURCE_READONLY = 0x100, 0x200, 0x2000, 0x4000
 IORESOURCE_SIZEALIGN, IORESOURCE_MEM_64 = 0x40000, 0x100000
@@ -36,11 +40,15 @@ def bridge_of(name: str) -> str | None:
     return f"{segment}:00:{0x1C + slot:02x}.{function}"
 
 
+def root_path(name: str) -> str:
+    """The root bus the function is on or below."""
+    return f"/sys/devices/pci{name.split(':')[0]}:00"
+
+
 def device_path(name: str) -> str:
     """Where under /sys/devices the function is."""
-    segment = name.split(":")[0]
     bridge = bridge_of(name)
-    return f"/sys/devices/pci{segment}:00/" + (f"{bridge}/{name}" if bridge else name)
+    return f"{root_path(name)}/" + (f"{bridge}/{name}" if bridge else name)
 
 
 def modalias(layout: PciLayout) -> str:
@@ -73,52 +81,80 @@ def resource_lines(layout: PciLayout, addresses: dict[int, int]) -> str:
     return "\n".join(lines)
 
 
-def identity_nodes(at: str, name: str, layout: PciLayout, driver: str) -> Iterator[Node]:
+def identity_nodes(at: str, name: str, layout: PciLayout) -> Iterator[Node]:
     """The attributes every PCI function has."""
-    alias = modalias(layout)
     yield text_file(f"{at}/vendor", f"0x{layout.vendor:04x}")
     yield text_file(f"{at}/device", f"0x{layout.device:04x}")
     yield text_file(f"{at}/class", f"0x{layout.class_code:06x}")
     yield text_file(f"{at}/revision", f"0x{layout.revision:02x}")
     yield text_file(f"{at}/subsystem_vendor", f"0x{layout.subsystem_vendor:04x}")
     yield text_file(f"{at}/subsystem_device", f"0x{layout.subsystem_device:04x}")
-    yield text_file(f"{at}/modalias", alias)
-    yield text_file(
-        f"{at}/uevent",
-        f"DRIVER={driver}\nPCI_CLASS={layout.class_code:X}\nPCI_ID={layout.vendor:04X}:{layout.device:04X}\n"
-        f"PCI_SUBSYS_ID={layout.subsystem_vendor:04X}:{layout.subsystem_device:04X}\nPCI_SLOT_NAME={name}\n"
-        f"MODALIAS={alias}",
-    )
+    yield text_file(f"{at}/modalias", modalias(layout))
     yield text_file(f"{at}/numa_node", "-1")
     yield text_file(f"{at}/enable", "0")
     yield text_file(f"{at}/power_state", "D0")
     yield link(f"{at}/subsystem", "/sys/bus/pci")
-    yield link(f"{at}/driver", f"/sys/bus/pci/drivers/{driver}")
     yield link(f"{DEVICES}/{name}", at)
+
+
+def uevent(name: str, layout: PciLayout, driver: str | None) -> str:
+    """The file ``uevent``."""
+    return (
+        (f"DRIVER={driver}\n" if driver else "")
+        + f"PCI_CLASS={layout.class_code:04X}\nPCI_ID={layout.vendor:04X}:{layout.device:04X}\n"
+        f"PCI_SUBSYS_ID={layout.subsystem_vendor:04X}:{layout.subsystem_device:04X}\nPCI_SLOT_NAME={name}\n"
+        f"MODALIAS={modalias(layout)}"
+    )
 
 
 def bridge_nodes(name: str) -> Iterator[Node]:
     """A bridge is there to be walked past."""
     layout = PciLayout(vendor=0x1B36, device=0x000C, class_code=0x060400, msi=0)
-    yield from identity_nodes(device_path(name), name, layout, "pcieport")
+    at = device_path(name)
+    yield from identity_nodes(at, name, layout)
+    yield text_file(f"{at}/uevent", uevent(name, layout, None))
 
 
-def device_nodes(device: VfioDevice, iommu: str | None) -> Iterator[Node]:
-    """Everything of one VFIO device but its group; ``iommu`` names the IOMMU instance it is behind."""
-    function, name = device.function, device.name
+def function_nodes(bus: PciBus, slot: Slot) -> Iterator[Node]:
+    """A function, whether or not a driver has it. The machine's root bus is all its own: the host's functions have the
+    same addresses."""
+    function, name = slot.function, slot.address
     layout = function.layout
     at = device_path(name)
-    yield from identity_nodes(at, name, layout, "vfio-pci")
-    yield link(f"{DRIVER}/{name}", at)
+    yield directory(root_path(name), whole=True)
+    yield from identity_nodes(at, name, layout)
+    yield text_file(f"{at}/uevent", uevent(name, layout, None))
     yield text_file(f"{at}/irq", str(function.config.read(0x3C, 1)[0]))
     yield text_file(f"{at}/resource", resource_lines(layout, function.addresses))
-    yield text_file(f"{at}/config", function.config.read(0, function.config.size))
-    yield link(f"{at}/iommu_group", f"{GROUPS}/{device.group.number}")
-    yield link(f"{GROUPS}/{device.group.number}/devices/{name}", at)
-    if iommu is not None:
-        unit = f"/sys/devices/virtual/iommu/{iommu}"
+    yield _acting(f"{at}/config", 0o644, lambda path: attributes.Config(slot, path))
+    yield _acting(f"{at}/driver_override", 0o644, lambda path: attributes.DriverOverride(slot, path))
+    if function.resettable:
+        yield _acting(f"{at}/reset", 0o200, lambda path: attributes.Reset(slot, path))
+    if slot.core.iommu is not None:
+        unit = f"/sys/devices/virtual/iommu/{slot.core.iommu.name}"
         yield link(f"{at}/iommu", unit)
         yield link(f"{unit}/devices/{name}", at)
+        yield link(f"{at}/iommu_group", f"{GROUPS}/{slot.group_number}")
+        yield link(f"{GROUPS}/{slot.group_number}/devices/{name}", at)
+        yield text_file(f"{GROUPS}/{slot.group_number}/type", "DMA")
+        lines = [f"0x{r.start:016x} 0x{r.start + r.length - 1:016x} {r.type.value}\n" for r in slot.core.resv_regions()]
+        yield text_file(f"{GROUPS}/{slot.group_number}/reserved_regions", "".join(lines).encode())
+
+
+def _acting(path: str, mode: int, make: Callable[[str], File]) -> Node:
+    """A file that is one of ours: what is written to it has an effect."""
+    return Node(path, stat.S_IFREG | mode, opener=lambda task, flags: make(path))
+
+
+def vfio_nodes(name: str, device: VfioDevice) -> Iterator[Node]:
+    """What there is while vfio-pci has the function."""
+    at = device_path(name)
+    yield text_file(f"{at}/uevent", uevent(name, device.function.layout, "vfio-pci"))
+    yield link(f"{at}/driver", DRIVER)
+    yield link(f"{DRIVER}/{name}", at)
+    if device.noiommu:  # VFIO itself makes the group that the IOMMU layer has not
+        yield link(f"{at}/iommu_group", f"{GROUPS}/{device.group.number}")
+        yield link(f"{GROUPS}/{device.group.number}/devices/{name}", at)
     if device.world.kernel >= (6, 6):
         yield from _cdev_nodes(device, at)
 
@@ -136,43 +172,35 @@ def _cdev_nodes(device: VfioDevice, at: str) -> Iterator[Node]:
     yield link(f"/sys/class/vfio-dev/{node}", own)
 
 
-def group_nodes(group: VfioGroup, minor: int) -> Iterator[Node]:
-    """A group: its device node, its class entry, and what the IOMMU core shows of it."""
+def group_nodes(group: VfioGroup) -> Iterator[Node]:
+    """A VFIO group: its device node and its class entry."""
     node = group.node
-    yield Node(f"/dev/vfio/{node}", stat.S_IFCHR | 0o666, (GROUP_MAJOR, minor), group.open)
+    yield Node(f"/dev/vfio/{node}", stat.S_IFCHR | 0o666, (GROUP_MAJOR, group.minor), group.open)
     own = f"/sys/devices/virtual/vfio/{node}"
-    yield text_file(f"{own}/dev", f"{GROUP_MAJOR}:{minor}")
-    yield text_file(f"{own}/uevent", f"MAJOR={GROUP_MAJOR}\nMINOR={minor}\nDEVNAME=vfio/{node}")
+    yield text_file(f"{own}/dev", f"{GROUP_MAJOR}:{group.minor}")
+    yield text_file(f"{own}/uevent", f"MAJOR={GROUP_MAJOR}\nMINOR={group.minor}\nDEVNAME=vfio/{node}")
     yield link(f"{own}/subsystem", "/sys/class/vfio")
     yield link(f"/sys/class/vfio/{node}", own)
-    core = f"{GROUPS}/{group.number}"
     if group.noiommu:
+        core = f"{GROUPS}/{group.number}"
         yield text_file(f"{core}/name", "vfio-noiommu")
         yield text_file(f"{core}/type", "unknown")
         yield text_file(f"{core}/reserved_regions", b"")
-        return
-    yield text_file(f"{core}/type", "DMA")
-    regions = group.devices[0].device.resv_regions()
-    lines = [f"0x{r.start:016x} 0x{r.start + r.length - 1:016x} {r.type.value}\n" for r in regions]
-    yield text_file(f"{core}/reserved_regions", "".join(lines).encode())
 
 
-def bus_nodes(noiommu: bool) -> Iterator[Node]:
+def bus_nodes(bus: PciBus) -> Iterator[Node]:
     """What is there whenever a machine has PCI functions."""
     yield directory("/dev/vfio", whole=True)
-    for whole in (
-        DEVICES,
-        "/sys/bus/pci/drivers",
-        GROUPS,
-        "/sys/class/vfio",
-        "/sys/class/vfio-dev",
-        "/sys/class/iommu",
-    ):
-        yield directory(whole, whole=True)
-    yield text_file("/sys/module/vfio/parameters/enable_unsafe_noiommu_mode", "Y" if noiommu else "N")
-    yield text_file("/sys/module/vfio_pci/parameters/disable_idle_d3", "N")
-    yield text_file("/sys/module/vfio_pci/parameters/nointxmask", "N")
-    yield text_file("/sys/module/vfio_pci/parameters/disable_denylist", "N")
+    for path in (DEVICES, DRIVERS, GROUPS, "/sys/class/vfio", "/sys/class/vfio-dev", "/sys/class/iommu"):
+        yield directory(path, whole=True)
+    yield directory(DRIVER)
+    yield _acting(f"{DRIVER}/bind", 0o200, lambda path: attributes.Bind(bus, path))
+    yield _acting(f"{DRIVER}/unbind", 0o200, lambda path: attributes.Unbind(bus, path))
+    yield _acting("/sys/bus/pci/drivers_probe", 0o200, lambda path: attributes.DriversProbe(bus, path))
+    unsafe = "/sys/module/vfio/parameters/enable_unsafe_noiommu_mode"
+    yield _acting(unsafe, 0o644, lambda path: attributes.UnsafeMode(bus, path))
+    for parameter in ("disable_idle_d3", "nointxmask", "disable_denylist"):
+        yield text_file(f"/sys/module/vfio_pci/parameters/{parameter}", "N")
 
 
 def iommu_nodes(name: str) -> Iterator[Node]:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import errno
 from typing import TYPE_CHECKING
 
-from iommufd.engine.file import File
+from iommufd.engine.file import File, Pending
 from iommufd.errors import KernelError
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ class TextFile(File):
             self._position += len(data)
         return len(data)
 
-    def write(self, task: Task, addr: int, count: int, pos: int | None = None) -> int:
+    def write(self, task: Task, addr: int, count: int, pos: int | None = None) -> int | Pending:
         self.store(task.read(addr, min(count, WRITE_LIMIT)))
         if pos is None:
             self._position += count

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import errno
 import threading
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from iommufd.engine import device as engine_device
@@ -53,6 +54,7 @@ class VfioDevice:
         self.rid_attached = False
         self.pasids: set[int] = set()
         self.low_power = False
+        self._idle: list[Callable[[], None]] = []
         group.devices.append(self)
 
     @property
@@ -90,6 +92,12 @@ class VfioDevice:
         self.users -= 1
         if self.users:
             return
+        self._disable()
+        idle, self._idle = self._idle, []
+        for done in idle:
+            done()
+
+    def _disable(self) -> None:
         function = self.function
         function.interrupts.disable()
         if function.resettable:
@@ -170,6 +178,14 @@ class VfioDevice:
         """A function reset: the model's registers and memory; configuration space and interrupts stay (VFIO restores
         them)."""
         self.function.reset()
+
+    def when_idle(self, done: Callable[[], None]) -> None:
+        """Calls ``done`` once nobody has the device open any more."""
+        with self.lock:
+            if self.users:
+                self._idle.append(done)
+                return
+        done()
 
     def remove(self) -> None:
         """The device leaves; it cannot be opened any more. Who has it open keeps it."""

@@ -32,11 +32,14 @@ NAME_LIMIT = 4096  # bytes of a device's name, its NUL included
 
 
 class VfioGroup:
-    """``number`` is the N of /dev/vfio/N; ``group`` the core's, None for the group of a device without an IOMMU."""
+    """``number`` is the N of /dev/vfio/N; ``group`` the core's, None for the group of a device without an IOMMU.
+
+    ``minor`` is the device number its node has."""
 
     def __init__(self, world: World, number: int, group: Group | None) -> None:
         self.world = world
         self.number = number
+        self.minor = 0
         self.group = group
         self.devices: list[VfioDevice] = []
         self.lock = threading.Lock()

@@ -197,7 +197,7 @@ class ConfigSpace:
             self.msi_at = begin(CAP_MSI, 14)
             capable = (layout.msi.bit_length() - 1) << 1
             self._put(self.msi_at + 2, MSI_64BIT | capable, 2, 0xFF)
-            self._put(self.msi_at + 4, 0, 8, 0xFFFFFFFF_FFFFFFFC)
+            self._put(self.msi_at + 4, 0, 8, 2**64 - 1)  # all bits, as the owner's own record of them
             self._put(self.msi_at + 12, 0, 2, 0xFFFF)
         if layout.msix:
             self.msix_at = begin(CAP_MSIX, 12)
