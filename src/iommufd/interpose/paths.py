@@ -66,6 +66,7 @@ class Resolver:
         self._generation = -1
         self._directories: set[str] = set()  # every directory that has a node in it or below
         self._own_directories: set[str] = set()  # those the host does not have, or that are nodes
+        self._wholes: set[str] = set()  # those that hide what the host has there
         self._unions: set[str] = set()  # those the host has, without something of ours in them
         self._union_inodes: set[tuple[int, int]] = set()
         self._names: re.Pattern[bytes] = re.compile(b"")
@@ -94,7 +95,8 @@ class Resolver:
                 above = os.path.dirname(above)
                 directories.add(above)
         self._directories = directories
-        own = {path for path in directories if path in nodes or not os.path.isdir(path)}
+        self._wholes = {path for path, node in nodes.items() if node.whole}
+        own = {path for path in directories if path in nodes or self._hidden(path) or not os.path.isdir(path)}
         lacking = {os.path.dirname(path) for path in (*nodes, *own) if not os.path.lexists(path)}
         self._own_directories = own
         self._unions = lacking - own
@@ -226,8 +228,7 @@ class Resolver:
         """Whether the host's file lies in a directory of which the machine shows only its own."""
         above = os.path.dirname(path)
         while above not in ("", "/"):
-            node = self._machine.paths().get(above) if above in self._directories else None
-            if node is not None and node.whole:
+            if above in self._wholes:
                 return True
             above = os.path.dirname(above)
         return False
