@@ -27,7 +27,11 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Compile:
             pytest.skip("there is no gcc here to build the program with")
         name = folder / f"program{len(list(folder.iterdir()))}"
         done = subprocess.run(
-            [gcc, "-O1", "-x", "c", "-", "-o", str(name), *options], input=source, text=True, capture_output=True, check=False
+            [gcc, "-O1", "-x", "c", "-", "-o", str(name), *options],
+            input=source,
+            text=True,
+            capture_output=True,
+            check=False,
         )
         if done.returncode and "-static" in options:
             pytest.skip("gcc cannot link statically here")

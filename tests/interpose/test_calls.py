@@ -1,4 +1,4 @@
-"""What happens in the middle of calls: signals, death, long and deferred calls, faults of ours (interposition 7; issue 5)."""
+"""What happens in the middle of calls: signals, death, long and deferred calls, faults of ours (interposition 7)."""
 
 from __future__ import annotations
 
@@ -253,7 +253,7 @@ def test_a_queue_wakes_who_polls(supervised: Supervised) -> None:
 
 
 def test_mappings_are_native_and_counted(supervised: Supervised) -> None:
-    """core 1.7: each mapping, its copies by fork and its pieces hold the file, until the last byte of it is unmapped."""
+    """core 1.7: each mapping, its copies by fork and its pieces hold the file, until all of it is unmapped."""
     done = supervised.python("""
         fd = os.open("/dev/iommu", os.O_RDWR)
         fails(errno.ENXIO, mmap.mmap, fd, 8192)

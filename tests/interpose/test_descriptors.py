@@ -1,4 +1,4 @@
-"""Every way a program can hold, copy, pass on and give up a descriptor of the machine (interposition 1; core 1.1, 1.2)."""
+"""Every way a program can hold, copy, pass on and give up a descriptor of the machine (interposition 1; core 1)."""
 
 from __future__ import annotations
 
@@ -168,7 +168,8 @@ def test_fork_shares_and_exec_keeps(supervised: Supervised) -> None:
             assert fcntl.ioctl(fd, COUNT) == 2
             os._exit(0)
         assert os.wait()[1] == 0
-        code = "import fcntl, sys; fd = int(sys.argv[1]); sys.exit(fcntl.ioctl(fd, 0x3b81) * 10 + fcntl.ioctl(fd, 0x3b81))"
+        code = "import fcntl, sys; fd = int(sys.argv[1]); "
+        code += "sys.exit(fcntl.ioctl(fd, 0x3b81) * 10 + fcntl.ioctl(fd, 0x3b81))"
         child = subprocess.Popen([sys.executable, "-S", "-E", "-c", code, str(fd)], close_fds=False)
         assert child.wait() == 34
         pid = os.posix_spawn(sys.executable, [sys.executable, "-S", "-E", "-c", code, str(fd)], os.environ)

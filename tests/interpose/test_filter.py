@@ -60,7 +60,7 @@ def test_the_assembler_resolves_labels() -> None:
 
 
 @pytest.mark.parametrize("lines", [
-    [bpf.Instruction(bpf.JEQ_K, 0, "far"), *[bpf.Instruction(bpf.RET_K)] * 256, bpf.Label("far"), bpf.Instruction(bpf.RET_K)],
+    [bpf.Instruction(bpf.JEQ_K, 0, "far"), *[bpf.Instruction(bpf.RET_K)] * 256, bpf.Label("far")],
     [bpf.Label("back"), bpf.Instruction(bpf.JEQ_K, 0, "back")],
     [bpf.Label("twice"), bpf.Label("twice")],
 ])
@@ -86,7 +86,8 @@ def test_ioctls_are_trapped_by_type_or_descriptor(arch: Arch) -> None:
     "ftruncate", "getdents64",
 ])  # fmt: skip
 def test_descriptor_calls_are_trapped_in_the_range_only(arch: Arch, name: str) -> None:
-    assert [verdict(arch, name, fd) for fd in (0, BASE - 1, BASE, TOP - 1, TOP)] == [ALLOW, ALLOW, NOTIFY, NOTIFY, ALLOW]
+    for fd, expected in ((0, ALLOW), (BASE - 1, ALLOW), (BASE, NOTIFY), (TOP - 1, NOTIFY), (TOP, ALLOW)):
+        assert verdict(arch, name, fd) == expected
     assert verdict(arch, name, 2**32 | BASE) == NOTIFY  # descriptors are 32 bits wide
     assert verdict(arch, name, -1) == ALLOW
 

@@ -57,7 +57,8 @@ def test_a_program_that_cannot_be_executed(supervised: Supervised, tmp_path: Pat
 
 def test_programs_are_found_in_path(supervised: Supervised, tmp_path: Path) -> None:
     first, second = tmp_path / "first", tmp_path / "second"
-    first.mkdir(), second.mkdir()
+    first.mkdir()
+    second.mkdir()
     (first / "tool").write_text("not executable")
     (second / "tool").write_text("exit 9\n")  # no interpreter line: sh runs it
     (second / "tool").chmod(0o755)

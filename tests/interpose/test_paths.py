@@ -13,7 +13,7 @@ pytestmark = pytest.mark.interposed
 
 def test_stat_access_readlink(supervised: Supervised) -> None:
     supervised.python("""
-        for path in ("/dev/iommu", "/dev/vfio/vfio", "/dev//iommu", "/dev/./iommu", "/dev/vfio/../iommu", "/../dev/iommu"):
+        for path in "/dev/iommu /dev/vfio/vfio /dev//iommu /dev/./iommu /dev/vfio/../iommu /../dev/iommu".split():
             assert stat.S_ISCHR(os.stat(path).st_mode) and stat.S_ISCHR(os.lstat(path).st_mode)
             assert os.access(path, os.R_OK | os.W_OK) and os.path.exists(path) and not os.access(path, os.X_OK)
             assert os.access(path, os.R_OK, effective_ids=True)
@@ -84,7 +84,8 @@ def test_directories_list_what_the_host_and_the_machine_have(supervised: Supervi
         assert "iommu-fake" in os.listdir("/sys/class")
         fails(errno.EACCES, os.open, "/sys/class/iommu-fake/unit0/name", os.O_RDWR)
         fails(errno.ENOENT, os.stat, "/sys/class/iommu-fake/unit1")
-        assert subprocess.run(["ls", "-l", "/dev/iommu", "/dev/vfio"], capture_output=True, check=True).stdout.count(b"c") > 1
+        listed = subprocess.run(["ls", "-l", "/dev/iommu", "/dev/vfio"], capture_output=True, check=True).stdout
+        assert b"10, 125" in listed and b"10, 196" in listed, listed
     """)
 
 
@@ -98,7 +99,7 @@ def test_what_the_host_has_stays_as_it_is(supervised: Supervised, tmp_path: Path
         os.chdir(here)
         assert open("iommu").read() == "mine"
         fails(errno.ENOENT, os.stat, here + "/none/iommu")
-        fails(errno.EFAULT, lambda: libc.open(ctypes.c_void_p(8), 0) == -1 and (_ for _ in ()).throw(OSError(ctypes.get_errno(), "")))
+        assert libc.open(ctypes.c_void_p(8), 0) == -1 and ctypes.get_errno() == errno.EFAULT
         fails(errno.ENAMETOOLONG, os.stat, "/" + "x/" * 3000)
         assert os.stat("/proc/self/status") and open("/proc/self/stat").read().split()[0] == str(os.getpid())
         assert os.readlink("/proc/self") == str(os.getpid())

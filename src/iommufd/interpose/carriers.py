@@ -101,7 +101,7 @@ class Carriers:
     def _make_memory(self, carrier: Carrier) -> None:
         file = carrier.file
         made = os.memfd_create("iommufd", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-        try:  # ours is a re-opened description too: as made it does not count as a writer, and a lease would count wrong
+        try:  # ours is a re-opened description too: as made it counts as no writer, and a lease would count wrong
             own = carrier.memory = os.open(f"/proc/self/fd/{made}", os.O_RDWR | os.O_CLOEXEC)
         finally:
             os.close(made)
