@@ -93,7 +93,7 @@ def page_span(iova: int, length: int) -> tuple[int, int]:
 def check_contiguous(extents: Extents, length: int) -> int:
     """The physical address of ``length`` bytes of whole pages; EFAULT unless they are consecutive (row 16)."""
     run = next(runs(extents, 0, length))
-    if run.repeat != 1 or run.nbytes != length:
+    if run.nbytes != length:
         raise KernelError(
             errno.EFAULT,
             f"the {length >> PAGE_SHIFT} pages are not physically consecutive, only {run.nbytes} bytes are",

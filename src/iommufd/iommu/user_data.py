@@ -14,6 +14,8 @@ from iommufd.errors import KernelError
 if TYPE_CHECKING:
     from iommufd.uapi.declare import Struct
 
+CHUNK = 65536  # bytes of an array read at a time
+
 S = TypeVar("S", bound="Struct")
 
 
@@ -87,10 +89,30 @@ class UserArray:
         if self.entry_len == size:
             data = read(self.uptr, size * self.entry_num)
             return [struct.unpack(data[at : at + size]) for at in range(0, len(data), size)]
-        entries = []
-        for index in range(self.entry_num):
-            at = self.uptr + self.entry_len * index
-            if self.entry_len > size and read(at + size, self.entry_len - size).strip(b"\0"):
-                raise KernelError(errno.E2BIG, f"entry {index} has nonzero bytes after the {size} of {struct.C_NAME}")
-            entries.append(struct.unpack(read(at, min(self.entry_len, size))))
+        entries: list[S] = []
+        for index in range(0, self.entry_num, self._step):
+            entries += self._some(index, min(self._step, self.entry_num - index), struct)
         return entries
+
+    @property
+    def _step(self) -> int:
+        """How many entries are read at a time."""
+        return max(1, CHUNK // self.entry_len)
+
+    def _some(self, first: int, count: int, struct: type[S]) -> list[S]:
+        """Entries ``[first, first + count)``; a bad entry is reported before a later one that is unreadable."""
+        length, size = self.entry_len, struct.SIZE
+        try:
+            data = self.memory.read(self.uptr + length * first, length * count)
+        except KernelError:
+            if count == 1:
+                raise
+            return [entry for index in range(first, first + count) for entry in self._some(index, 1, struct)]
+        if length > size:
+            for index in range(count):
+                if data[index * length + size : (index + 1) * length].strip(b"\0"):
+                    raise KernelError(
+                        errno.E2BIG, f"entry {first + index} has nonzero bytes after the {size} of {struct.C_NAME}"
+                    )
+        used = min(length, size)
+        return [struct.unpack(data[at : at + used]) for at in range(0, length * count, length)]
