@@ -1,4 +1,4 @@
-"""Page requests end to end: mock device, page table with a queue, descriptor (events-viommu 3, 5; mock-device 4.5)."""
+"""Page requests end to end: mock device, page table with a queue, descriptor (events 3, 5; mock 4.5)."""
 
 from __future__ import annotations
 
@@ -50,11 +50,11 @@ def r() -> Rig:
 # -------------------------------------------------------------------------------------------- 3.1: queue and page table
 
 
-def test_a_nesting_parent_has_no_queue(r: Rig) -> None:  # events-viommu 3.1-2
+def test_a_nesting_parent_has_no_queue(r: Rig) -> None:  # events-3.1-2
     r.refuses(errno.EOPNOTSUPP, u.iommu_hwpt_alloc(flags=FAULT | NEST, dev_id=r.dev, pt_id=r.ioas_id, fault_id=99))
 
 
-def test_the_queue_is_looked_up_last(r: Rig) -> None:  # events-viommu 3.1-3 3.1-4
+def test_the_queue_is_looked_up_last(r: Rig) -> None:  # events-3.1-3 events-3.1-4
     before = r.ledger()
     given = u.iommu_hwpt_alloc(flags=FAULT, dev_id=r.dev, pt_id=r.ioas_id, fault_id=99, data_type=1, data_len=8)
     r.refuses(errno.EOPNOTSUPP, given)
@@ -64,7 +64,7 @@ def test_the_queue_is_looked_up_last(r: Rig) -> None:  # events-viommu 3.1-3 3.1
     r.hwpt(fault_id=99)  # ignored without the flag
 
 
-def test_page_tables_keep_the_queue(r: Rig) -> None:  # events-viommu 3.1-5, 5-8
+def test_page_tables_keep_the_queue(r: Rig) -> None:  # events-3.1-5 events 5 (8)
     second = r.hwpt(FAULT, fault_id=r.queue)
     r.close(r.fd)
     r.refuses(errno.EBUSY, u.iommu_destroy(id=r.queue))
@@ -75,7 +75,7 @@ def test_page_tables_keep_the_queue(r: Rig) -> None:  # events-viommu 3.1-5, 5-8
     r.destroy(r.queue)
 
 
-def test_automatic_page_tables_have_none(r: Rig) -> None:  # events-viommu 3.1
+def test_automatic_page_tables_have_none(r: Rig) -> None:  # events 3.1
     r.replace(r.ioas_id)
     r.trigger()
     assert not r.pending()
@@ -84,7 +84,7 @@ def test_automatic_page_tables_have_none(r: Rig) -> None:  # events-viommu 3.1
 # --------------------------------------------------------------------------------------------------- 3.2: fault sources
 
 
-def test_attachments_with_a_queue_are_counted(r: Rig) -> None:  # events-viommu 3.2
+def test_attachments_with_a_queue_are_counted(r: Rig) -> None:  # events 3.2
     source, plain = r.core().fault_source, r.hwpt(PASID)
     assert source.attachments == 1
     r.op(t.test_pasid_attach(id=r.stdev, pasid=1, pt_id=r.faulting))
@@ -99,7 +99,7 @@ def test_attachments_with_a_queue_are_counted(r: Rig) -> None:  # events-viommu 
 
 
 @pytest.mark.parametrize("number", [errno.ENODEV, errno.EBUSY])
-def test_enabling_that_fails_leaves_the_old_attachment(r: Rig, number: int) -> None:  # events-viommu 3.2
+def test_enabling_that_fails_leaves_the_old_attachment(r: Rig, number: int) -> None:  # events 3.2
     r.replace(r.ioas_id)
     core = r.core()
     assert core.iommu is not None
@@ -116,12 +116,12 @@ def test_enabling_that_fails_leaves_the_old_attachment(r: Rig, number: int) -> N
 # --------------------------------------------------------------------------------------------------------- 3.3: routing
 
 
-def test_trigger_lookup(r: Rig) -> None:  # mock-device 4.5
+def test_trigger_lookup(r: Rig) -> None:  # mock 4.5
     r.op_refuses(errno.ENOENT, t.test_trigger_iopf(dev_id=99))
     r.op_refuses(errno.ENOENT, t.test_trigger_iopf(dev_id=r.stdev))
 
 
-def test_rid_and_pasids(r: Rig) -> None:  # events-viommu 3.3-1 3.3-2 3.3-3 3.3-4, mock-device 4.5
+def test_rid_and_pasids(r: Rig) -> None:  # events-3.3-1 events-3.3-2 events-3.3-3 events-3.3-4, mock 4.5
     r.trigger(1)
     r.trigger(2, pasid=5)  # paging domain on the RID: dropped
     r.op(t.test_pasid_attach(id=r.stdev, pasid=5, pt_id=r.faulting))
@@ -132,13 +132,13 @@ def test_rid_and_pasids(r: Rig) -> None:  # events-viommu 3.3-1 3.3-2 3.3-3 3.3-
     assert found == [(2, 1, 0, r.dev, 0x1001, 3), (3, 3, 5, r.dev, 0x1001, 3)]
 
 
-def test_a_nested_rid_takes_pasids_of_the_guest(r: Rig) -> None:  # events-viommu 3.3-2
+def test_a_nested_rid_takes_pasids_of_the_guest(r: Rig) -> None:  # events-3.3-2
     r.replace(r.nested(r.hwpt(NEST), flags=FAULT, fault_id=r.queue))
     r.trigger(8, pasid=5)
     assert [(m.flags, m.pasid) for m in r.messages()] == [(3, 5)]
 
 
-def test_a_detached_rid(r: Rig) -> None:  # events-viommu 3.3-3
+def test_a_detached_rid(r: Rig) -> None:  # events-3.3-3
     r.op(t.test_pasid_attach(id=r.stdev, pasid=5, pt_id=r.faulting))
     r.op(t.test_pasid_detach(id=r.stdev, pasid=0))
     r.trigger()
@@ -147,14 +147,14 @@ def test_a_detached_rid(r: Rig) -> None:  # events-viommu 3.3-3
     assert r.pending()
 
 
-def test_messages_name_the_attached_device(r: Rig) -> None:  # events-viommu 3.4
+def test_messages_name_the_attached_device(r: Rig) -> None:  # events 3.4
     stdev, _, dev = r.device()
     r.replace(r.faulting, stdev)  # allocated for the first device
     r.trigger(dev=dev)
     assert [m.dev_id for m in r.messages()] == [dev]
 
 
-def test_partial_groups(r: Rig) -> None:  # events-viommu 3.3-6 3.3-7
+def test_partial_groups(r: Rig) -> None:  # events-3.3-6 events-3.3-7
     for addr, flags in ((0x1000, 0), (0x2000, 0), (0x3000, LAST_PAGE)):
         assert not r.pending()
         report_device_fault(r.core(), PageRequest(flags=flags, pasid=0, grpid=4, perm=1, addr=addr))
@@ -173,20 +173,20 @@ def waiting(r: Rig, pasid: int = 0) -> int:
     return message.cookie
 
 
-def test_detach(r: Rig) -> None:  # events-viommu 5-1
+def test_detach(r: Rig) -> None:  # events 5 (1)
     r.op(t.test_pasid_attach(id=r.stdev, pasid=5, pt_id=r.faulting))
     cookie = waiting(r, pasid=5)
     r.trigger(3)
     r.op(t.test_pasid_detach(id=r.stdev, pasid=5))
     r.unknown(cookie)
-    assert [m.grpid for m in r.messages()] == [3]  # events-viommu 5-5
+    assert [m.grpid for m in r.messages()] == [3]  # events 5 (5)
     cookie = waiting(r)
     r.op(t.test_pasid_detach(id=r.stdev, pasid=0))
     r.unknown(cookie)
     assert not r.pending()
 
 
-def test_replace_by_another_with_the_same_queue(r: Rig) -> None:  # events-viommu 5-2
+def test_replace_by_another_with_the_same_queue(r: Rig) -> None:  # events 5 (2)
     cookie = waiting(r)
     r.replace(r.hwpt(FAULT, fault_id=r.queue))
     r.unknown(cookie)
@@ -195,14 +195,14 @@ def test_replace_by_another_with_the_same_queue(r: Rig) -> None:  # events-viomm
     assert [m.grpid for m in r.messages()] == [3]
 
 
-def test_replace_by_itself(r: Rig) -> None:  # events-viommu 5-3
+def test_replace_by_itself(r: Rig) -> None:  # events 5 (3)
     cookie = waiting(r)
     r.replace(r.faulting)
     assert r.queue_write(r.fd, pack("<II", cookie, 0)) == 8
     assert r.pending()
 
 
-def test_failed_replace(r: Rig) -> None:  # events-viommu 5-4
+def test_failed_replace(r: Rig) -> None:  # events 5 (4)
     r.op(t.test_pasid_attach(id=r.stdev, pasid=t.IOMMU_TEST_PASID_RESERVED, pt_id=r.faulting))
     cookie = waiting(r, pasid=t.IOMMU_TEST_PASID_RESERVED)
     other = r.hwpt(FAULT | PASID, fault_id=r.queue)
@@ -211,7 +211,7 @@ def test_failed_replace(r: Rig) -> None:  # events-viommu 5-4
     assert r.pending()
 
 
-def test_other_devices_are_untouched(r: Rig) -> None:  # events-viommu 5-5
+def test_other_devices_are_untouched(r: Rig) -> None:  # events 5 (5)
     stdev, _, dev = r.device()
     r.replace(r.faulting, stdev)
     cookie = waiting(r)
@@ -221,19 +221,19 @@ def test_other_devices_are_untouched(r: Rig) -> None:  # events-viommu 5-5
     assert [m.dev_id for m in r.messages()] == [dev]
 
 
-def test_destroying_the_device(r: Rig) -> None:  # events-viommu 5-6
+def test_destroying_the_device(r: Rig) -> None:  # events 5 (6)
     cookie = waiting(r)
     r.destroy(r.stdev)
     r.unknown(cookie)
     assert not r.pending()
 
 
-def test_the_page_table_cannot_go_first(r: Rig) -> None:  # events-viommu 5-7
+def test_the_page_table_cannot_go_first(r: Rig) -> None:  # events 5 (7)
     waiting(r)
     r.refuses(errno.EBUSY, u.iommu_destroy(id=r.faulting))
 
 
-def test_closing_everything_with_requests_pending(r: Rig) -> None:  # events-viommu 5-9
+def test_closing_everything_with_requests_pending(r: Rig) -> None:  # events 5 (9)
     waiting(r)
     r.context.put()
     assert len(r.context.objects) > 0  # the queue's descriptor keeps it

@@ -1,4 +1,4 @@
-"""Nested page tables of the mock hardware (events-viommu 11.2, 12; mock-device 2.3, 2.4, 4.8)."""
+"""Nested page tables of the mock hardware (events 11.2, 12; mock 2.3, 2.4, 4.8)."""
 
 from __future__ import annotations
 
@@ -29,45 +29,45 @@ def parent(m: Mock) -> int:
 
 
 @pytest.mark.parametrize("flags", [f for f in range(17) if f & ~(FAULT | PASID)])
-def test_flags(m: Mock, parent: int, flags: int) -> None:  # mock-device 2.3 nested 1
+def test_flags(m: Mock, parent: int, flags: int) -> None:  # mock-2.3-nested-1
     m.refuses(errno.EOPNOTSUPP, m.nested_cmd(parent, flags=flags))
 
 
-def test_without_data(m: Mock, parent: int) -> None:  # mock-device 2.3 nested 1
+def test_without_data(m: Mock, parent: int) -> None:  # mock-2.3-nested-1
     m.refuses(errno.EOPNOTSUPP, m.nested_cmd(parent, data_type=0, data_len=0))
 
 
-def test_parents_that_are_none(m: Mock, parent: int) -> None:  # mock-device 2.3 nested 2
+def test_parents_that_are_none(m: Mock, parent: int) -> None:  # mock-2.3-nested-2
     m.refuses(errno.EINVAL, m.nested_cmd(m.auto, data_type=1))
     m.refuses(errno.EINVAL, m.nested_cmd(m.hwpt(), data_type=1))
     m.refuses(errno.EINVAL, m.nested_cmd(m.nested(parent)))
 
 
-def test_data_type(m: Mock, parent: int) -> None:  # mock-device 2.3 nested 3
+def test_data_type(m: Mock, parent: int) -> None:  # mock-2.3-nested-3
     m.refuses(errno.EOPNOTSUPP, m.nested_cmd(parent, data_type=1, data_len=3))
 
 
 @pytest.mark.parametrize("length", [3, 9, 12])
-def test_data_length(m: Mock, parent: int, length: int) -> None:  # mock-device 2.3 nested 4
+def test_data_length(m: Mock, parent: int, length: int) -> None:  # mock-2.3-nested-4
     m.refuses(errno.EINVAL, m.nested_cmd(parent, data_len=length, data_uptr=0x10))
 
 
-def test_data_that_cannot_be_read(m: Mock, parent: int) -> None:  # mock-device 2.3 nested 5
+def test_data_that_cannot_be_read(m: Mock, parent: int) -> None:  # mock-2.3-nested-5
     m.refuses(errno.EFAULT, m.nested_cmd(parent, data_uptr=0x10))
 
 
 @pytest.mark.parametrize("length", [4, 8])
-def test_all_words_start_as_given(m: Mock, parent: int, length: int) -> None:  # mock-device 2.3
+def test_all_words_start_as_given(m: Mock, parent: int, length: int) -> None:  # mock 2.3
     assert m.iotlb(m.nested(parent, data_len=length)) == [IOTLB] * 4
 
 
-def test_the_page_table_type_is_ignored(m: Mock, parent: int) -> None:  # events-viommu 12
+def test_the_page_table_type_is_ignored(m: Mock, parent: int) -> None:  # events 12
     cmd = m.nested_cmd(parent)
     m.host.poke(ARRAY + 4, pack("<I", 99))
     m.do(cmd)
 
 
-def test_references(m: Mock, parent: int) -> None:  # events-viommu 10
+def test_references(m: Mock, parent: int) -> None:  # events 10
     nested = m.nested(parent)
     m.refuses(errno.EBUSY, u.iommu_destroy(id=parent))
     m.replace(nested)
@@ -80,7 +80,7 @@ def test_references(m: Mock, parent: int) -> None:  # events-viommu 10
 # ------------------------------------------------------------------------------------------------------------- checking
 
 
-def test_check_iotlb(m: Mock, parent: int) -> None:  # mock-device 4.8
+def test_check_iotlb(m: Mock, parent: int) -> None:  # mock 4.8
     nested = m.nested(parent)
     m.op_refuses(errno.ENOENT, t.test_md_check_iotlb(id=parent, iotlb=IOTLB))
     m.op_refuses(errno.ENOENT, t.test_md_check_iotlb(id=99, iotlb=IOTLB))
@@ -108,24 +108,24 @@ def refused(m: Mock, number: int, given: u.iommu_hwpt_invalidate) -> int:
 
 
 @pytest.mark.parametrize("count", [0, 1])
-def test_invalidate_type(m: Mock, parent: int, count: int) -> None:  # events-viommu 11.2-1
+def test_invalidate_type(m: Mock, parent: int, count: int) -> None:  # events-11.2-1
     entries(m, (0, 0))
     nested = m.nested(parent)
     assert refused(m, errno.EINVAL, cmd(nested, count, data_type=TYPE - 1)) == 0
     assert m.iotlb(nested) == [IOTLB] * 4
 
 
-def test_an_empty_array(m: Mock, parent: int) -> None:  # events-viommu 11.2-2
+def test_an_empty_array(m: Mock, parent: int) -> None:  # events-11.2-2
     assert m.do(cmd(m.nested(parent), 0, entry_len=3, data_uptr=0)).entry_num == 0
 
 
 @pytest.mark.parametrize("length", [4, 16])
-def test_entry_length(m: Mock, parent: int, length: int) -> None:  # events-viommu 11.2-2
+def test_entry_length(m: Mock, parent: int, length: int) -> None:  # events-11.2-2
     entries(m, (0, 0), length=length)
     assert refused(m, errno.EINVAL, cmd(m.nested(parent), 1, entry_len=length)) == 0
 
 
-def test_entries_that_cannot_be_read(m: Mock, parent: int) -> None:  # events-viommu 11.2-3
+def test_entries_that_cannot_be_read(m: Mock, parent: int) -> None:  # events-11.2-3
     end = ARRAY + 0x100 * 4096
     m.host.poke(end - 16, pack("<IIII", 0, 0, 0, 2))
     nested = m.nested(parent)
@@ -133,7 +133,7 @@ def test_entries_that_cannot_be_read(m: Mock, parent: int) -> None:  # events-vi
     assert m.iotlb(nested) == [0, IOTLB, 0, IOTLB]
 
 
-def test_entry_flags_and_ids(m: Mock, parent: int) -> None:  # events-viommu 11.2-4 11.2-5
+def test_entry_flags_and_ids(m: Mock, parent: int) -> None:  # events-11.2-4 events-11.2-5
     nested = m.nested(parent)
     entries(m, (0, 1), (2, 0))
     assert refused(m, errno.EOPNOTSUPP, cmd(nested, 2)) == 1
@@ -143,7 +143,7 @@ def test_entry_flags_and_ids(m: Mock, parent: int) -> None:  # events-viommu 11.
     assert m.iotlb(nested) == [IOTLB, 0, 0, IOTLB]
 
 
-def test_all_and_one(m: Mock, parent: int) -> None:  # events-viommu 11.2-6
+def test_all_and_one(m: Mock, parent: int) -> None:  # events-11.2-6
     one, every = m.nested(parent), m.nested(parent)
     entries(m, (0, 3))
     assert m.do(cmd(one, 1)).entry_num == 1

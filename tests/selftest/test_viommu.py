@@ -1,4 +1,4 @@
-"""Virtual IOMMUs of the mock hardware: events-viommu 6 (driver part), 7, 9 (driver part), 11.1, 12; mock-device 2.4,
+"""Virtual IOMMUs of the mock hardware: events 6 (driver part), 7, 9 (driver part), 11.1, 12; mock 2.4,
 4.6, 4.7."""
 
 from __future__ import annotations
@@ -54,25 +54,25 @@ def viommu_cmd(g: Guest, length: int, data: bytes = b"", **more: int) -> u.iommu
     return u.iommu_viommu_alloc(data_len=length, **given)
 
 
-def test_only_the_selftest_type(g: Guest) -> None:  # events-viommu 6-4
+def test_only_the_selftest_type(g: Guest) -> None:  # events-6-4
     g.refuses(errno.EOPNOTSUPP, viommu_cmd(g, 0, type=1, hwpt_id=99))
 
 
 @pytest.mark.parametrize("length", [7, 25])
-def test_data_length(g: Guest, length: int) -> None:  # events-viommu 6 driver 1
+def test_data_length(g: Guest, length: int) -> None:  # events-6-driver-1
     g.refuses(errno.EINVAL, viommu_cmd(g, length, data_uptr=0x10))
 
 
-def test_data_that_cannot_be_read(g: Guest) -> None:  # events-viommu 6 driver 2
+def test_data_that_cannot_be_read(g: Guest) -> None:  # events-6-driver-2
     g.refuses(errno.EFAULT, viommu_cmd(g, 24, data_uptr=0x10))
 
 
-def test_without_data_there_is_no_region(g: Guest) -> None:  # events-viommu 6
+def test_without_data_there_is_no_region(g: Guest) -> None:  # events 6
     g.do(viommu_cmd(g, 0))
     assert len(g.context.store.regions) == 0
 
 
-def test_the_region_and_its_loopback(g: Guest) -> None:  # events-viommu 6 driver 3-5
+def test_the_region_and_its_loopback(g: Guest) -> None:  # events-6-driver-3 events-6-driver-4 events-6-driver-5
     g.do(viommu_cmd(g, 24, pack("<I", 0xC0FFEE)))
     in_data, out_data, offset, length = unpack("<IIQQ", g.host.peek(ARRAY, 24))
     assert (in_data, out_data, offset, length) == (0xC0FFEE, 0xC0FFEE, 0x1000, 2 * P)
@@ -81,14 +81,14 @@ def test_the_region_and_its_loopback(g: Guest) -> None:  # events-viommu 6 drive
     g.context.mapping_closed(offset)
 
 
-def test_short_data_hides_the_region(g: Guest) -> None:  # events-viommu 6
+def test_short_data_hides_the_region(g: Guest) -> None:  # events 6
     g.do(viommu_cmd(g, 8, pack("<I", 5)))
     assert g.host.peek(ARRAY, 24) == pack("<II", 5, 5) + bytes(16)
     g.do(viommu_cmd(g, 24))
     assert unpack("<Q", g.host.peek(ARRAY + 8, 8)) == (0x3000,)  # but it takes offset space
 
 
-def test_region_released_when_the_data_cannot_be_written_back(g: Guest) -> None:  # events-viommu 6 driver 5
+def test_region_released_when_the_data_cannot_be_written_back(g: Guest) -> None:  # events-6-driver-5
     g.host.map(0x3000_0000, 1, READ)
     before = g.ledger()
     g.refuses(errno.EFAULT, viommu_cmd(g, 24, data_uptr=0x3000_0000))
@@ -96,7 +96,7 @@ def test_region_released_when_the_data_cannot_be_written_back(g: Guest) -> None:
     assert len(g.context.store.regions) == 0
 
 
-def test_regions_of_viommus_first_fit(g: Guest) -> None:  # events-viommu 9.1, observed
+def test_regions_of_viommus_first_fit(g: Guest) -> None:  # events 9.1, observed
     def offset() -> tuple[int, int]:
         number = g.do(viommu_cmd(g, 24)).out_viommu_id
         return number, unpack("<Q", g.host.peek(ARRAY + 8, 8))[0]
@@ -107,7 +107,7 @@ def test_regions_of_viommus_first_fit(g: Guest) -> None:  # events-viommu 9.1, o
     assert offset()[1] == 0x3000
 
 
-def test_a_mapped_viommu_stays(g: Guest) -> None:  # events-viommu 9.1
+def test_a_mapped_viommu_stays(g: Guest) -> None:  # events 9.1
     number = g.do(viommu_cmd(g, 24)).out_viommu_id
     g.context.mmap(g.proc.task(), 0x1000, 2 * P, 3, True)
     g.context.mapping_opened(0x1000)
@@ -120,7 +120,7 @@ def test_a_mapped_viommu_stays(g: Guest) -> None:  # events-viommu 9.1
 # ----------------------------------------------------------------------------------------------- 12: nested page tables
 
 
-def test_nested_of_a_viommu(g: Guest) -> None:  # events-viommu 12-8 12-9 12-10
+def test_nested_of_a_viommu(g: Guest) -> None:  # events-12-8 events-12-9 events-12-10
     g.refuses(errno.EOPNOTSUPP, g.nested_cmd(g.first, data_type=1, data_len=3))
     for length in (3, 12):
         g.refuses(errno.EINVAL, g.nested_cmd(g.first, data_len=length, data_uptr=0x10))
@@ -128,7 +128,7 @@ def test_nested_of_a_viommu(g: Guest) -> None:  # events-viommu 12-8 12-9 12-10
     assert g.iotlb(g.nested(g.first)) == [IOTLB] * 4
 
 
-def test_nested_common_checks(g: Guest) -> None:  # events-viommu 12-1 12-2 12-3 12-4
+def test_nested_common_checks(g: Guest) -> None:  # events-12-1 events-12-2 events-12-3 events-12-4
     g.refuses(errno.EOPNOTSUPP, g.nested_cmd(g.first, reserved=1, data_type=0))
     g.refuses(errno.EINVAL, g.nested_cmd(g.first, data_type=0, dev_id=99))
     g.refuses(errno.EINVAL, g.nested_cmd(g.first, data_len=0, dev_id=99))
@@ -137,7 +137,7 @@ def test_nested_common_checks(g: Guest) -> None:  # events-viommu 12-1 12-2 12-3
 
 
 @pytest.mark.parametrize("flags", range(16))
-def test_nested_flags(g: Guest, flags: int) -> None:  # events-viommu 12-6 12-11
+def test_nested_flags(g: Guest, flags: int) -> None:  # events-12-6 events-12-11
     given = g.nested_cmd(g.first, flags=flags, fault_id=99)
     if flags & ~(FAULT | PASID):
         g.refuses(errno.EOPNOTSUPP, given)
@@ -149,10 +149,10 @@ def test_nested_flags(g: Guest, flags: int) -> None:  # events-viommu 12-6 12-11
         g.do(given)
 
 
-# ---------------------------------------------------------------------------------------- 7, mock-device 2.4: attaching
+# ---------------------------------------------------------------------------------------- 7, mock 2.4: attaching
 
 
-def test_rid_attach_needs_a_vdevice_here(g: Guest) -> None:  # events-viommu 7, mock-device 2.4-2
+def test_rid_attach_needs_a_vdevice_here(g: Guest) -> None:  # events 7, mock-2.4-2
     nested, other = g.nested(g.first), g.viommu(g.parent)
     g.op_refuses(errno.ENOENT, t.test_mock_domain_replace(id=g.stdev, pt_id=nested))
     vdev = g.vdevice(other, 1)  # one on another vIOMMU does not help
@@ -163,14 +163,14 @@ def test_rid_attach_needs_a_vdevice_here(g: Guest) -> None:  # events-viommu 7, 
     g.replace(nested)
 
 
-def test_a_new_device_cannot_start_there(g: Guest) -> None:  # mock-device 4.1
+def test_a_new_device_cannot_start_there(g: Guest) -> None:  # mock 4.1
     before = g.ledger()
     g.op_refuses(errno.ENOENT, t.test_mock_domain(id=g.nested(g.first)))
     g.destroy(max(o.id for o in g.context.objects))
     assert difference(before, g.ledger()) == []
 
 
-def test_pasid_attach_needs_no_vdevice(g: Guest) -> None:  # events-viommu 7, mock-device 2.4
+def test_pasid_attach_needs_no_vdevice(g: Guest) -> None:  # events 7, mock 2.4
     nested, plain = g.nested(g.first, flags=PASID), g.hwpt(PASID)
     g.replace(plain)
     g.op(t.test_pasid_attach(id=g.stdev, pasid=7, pt_id=nested))
@@ -179,7 +179,7 @@ def test_pasid_attach_needs_no_vdevice(g: Guest) -> None:  # events-viommu 7, mo
     g.op(t.test_pasid_replace(id=g.stdev, pasid=7, pt_id=nested))
 
 
-def test_the_device_follows_its_rid(g: Guest) -> None:  # mock-device 2.4-3
+def test_the_device_follows_its_rid(g: Guest) -> None:  # mock-2.4-3
     nested, again, core = g.nested(g.first), g.nested(g.first), g.core()
     vdev = g.vdevice(g.first, 5)
     g.replace(nested)
@@ -196,7 +196,7 @@ def test_the_device_follows_its_rid(g: Guest) -> None:  # mock-device 2.4-3
     assert core.vdev_id == 6
 
 
-def test_removing_the_device_takes_its_vdevice(g: Guest) -> None:  # events-viommu 7 lifecycle 2
+def test_removing_the_device_takes_its_vdevice(g: Guest) -> None:  # events 7 lifecycle 2
     vdev = g.vdevice(g.first, 5)
     g.replace(g.nested(g.first))
     g.destroy(g.stdev)
@@ -206,7 +206,7 @@ def test_removing_the_device_takes_its_vdevice(g: Guest) -> None:  # events-viom
     g.vdevice(g.first, 5, dev)
 
 
-# ------------------------------------------------------------------------------------------- 8, mock-device 4.6: events
+# ------------------------------------------------------------------------------------------- 8, mock 4.6: events
 
 
 def veventq(g: Guest, depth: int = 4, **more: int) -> u.iommu_veventq_alloc:
@@ -214,33 +214,33 @@ def veventq(g: Guest, depth: int = 4, **more: int) -> u.iommu_veventq_alloc:
     return g.do(u.iommu_veventq_alloc(veventq_depth=depth, **given))
 
 
-def test_trigger_lookup(g: Guest) -> None:  # mock-device 4.6-1
+def test_trigger_lookup(g: Guest) -> None:  # mock-4.6-1
     g.op_refuses(errno.ENOENT, t.test_trigger_vevent(dev_id=99))
     g.op_refuses(errno.ENOENT, t.test_trigger_vevent(dev_id=g.ioas_id))
 
 
-def test_a_device_without_viommu_raises_nothing(g: Guest) -> None:  # mock-device 4.6-2
+def test_a_device_without_viommu_raises_nothing(g: Guest) -> None:  # mock-4.6-2
     veventq(g)
     g.op_refuses(errno.ENOENT, t.test_trigger_vevent(dev_id=g.dev))
     g.vdevice(g.first, 1)
     g.op_refuses(errno.ENOENT, t.test_trigger_vevent(dev_id=g.dev))  # not attached yet
 
 
-def test_virtual_id_zero_raises_nothing(g: Guest) -> None:  # mock-device 4.6-2
+def test_virtual_id_zero_raises_nothing(g: Guest) -> None:  # mock-4.6-2
     veventq(g)
     g.vdevice(g.first, 0)
     g.replace(g.nested(g.first))
     g.op_refuses(errno.ENOENT, t.test_trigger_vevent(dev_id=g.dev))
 
 
-def test_without_a_queue_of_the_type(g: Guest) -> None:  # mock-device 4.6-3
+def test_without_a_queue_of_the_type(g: Guest) -> None:  # mock-4.6-3
     veventq(g, type=5)
     g.vdevice(g.first, 1)
     g.replace(g.nested(g.first))
     g.op_refuses(errno.EOPNOTSUPP, t.test_trigger_vevent(dev_id=g.dev))
 
 
-def test_events_carry_the_virtual_id(g: Guest) -> None:  # mock-device 4.6-4 4.6-5, events-viommu 8
+def test_events_carry_the_virtual_id(g: Guest) -> None:  # mock-4.6-4 mock-4.6-5, events 8
     fd = veventq(g, depth=2).out_veventq_fd
     g.vdevice(g.first, 0x1_2345_6789)
     g.replace(g.nested(g.first))
@@ -249,7 +249,7 @@ def test_events_carry_the_virtual_id(g: Guest) -> None:  # mock-device 4.6-4 4.6
     assert g.queue_read(fd, 100) == pack("<IIIIIIII", 0, 0, 0x2345_6789, 0, 1, 0x2345_6789, 1, 2)
 
 
-def test_events_go_on_with_the_stale_id(g: Guest) -> None:  # events-viommu 7 lifecycle 1
+def test_events_go_on_with_the_stale_id(g: Guest) -> None:  # events 7 lifecycle 1
     fd = veventq(g).out_veventq_fd
     vdev = g.vdevice(g.first, 3)
     g.replace(g.nested(g.first))
@@ -279,24 +279,24 @@ def cached(g: Guest) -> Guest:
     return g
 
 
-def test_an_empty_array(cached: Guest) -> None:  # events-viommu 11.1-1
+def test_an_empty_array(cached: Guest) -> None:  # events-11.1-1
     assert cached.do(cmd(cached, data_uptr=0, entry_len=0)).entry_num == 0
 
 
 @pytest.mark.parametrize("data_type", [TYPE, TYPE - 1])
-def test_more_than_the_kernel_copies_at_once(cached: Guest, data_type: int) -> None:  # events-viommu 11.1-2
+def test_more_than_the_kernel_copies_at_once(cached: Guest, data_type: int) -> None:  # events-11.1-2
     big = cmd(cached, entry_num=349526, data_type=data_type, data_uptr=0x10)
     assert refused(cached, errno.ENOMEM, big) == 349526
     assert refused(cached, errno.EINVAL, cmd(cached, entry_num=349525, data_type=1, data_uptr=0x10)) == 0
 
 
 @pytest.mark.parametrize("count", [0, 1])
-def test_invalidate_type(cached: Guest, count: int) -> None:  # events-viommu 11.1-3
+def test_invalidate_type(cached: Guest, count: int) -> None:  # events-11.1-3
     given = cmd(cached, (0, 9, 0), data_type=t.IOMMU_HWPT_INVALIDATE_DATA_SELFTEST_INVALID, entry_num=count)
     assert refused(cached, errno.EINVAL, given) == 0
 
 
-def test_entries_that_cannot_be_read(cached: Guest) -> None:  # events-viommu 11.1-4
+def test_entries_that_cannot_be_read(cached: Guest) -> None:  # events-11.1-4
     end = ARRAY + 0x100 * P
     cached.host.poke(end - 12, pack("<III", 0, 9, 0))
     given = cmd(cached, (0, 9, 0), (0, 9, 1), data_uptr=end - 12)
@@ -304,7 +304,7 @@ def test_entries_that_cannot_be_read(cached: Guest) -> None:  # events-viommu 11
     assert cached.core().cache == [CACHE] * 4
 
 
-def test_longer_entries_end_in_zeros(cached: Guest) -> None:  # events-viommu 11.1-4
+def test_longer_entries_end_in_zeros(cached: Guest) -> None:  # events-11.1-4
     given = cmd(cached, (0, 9, 0), (0, 9, 1), length=16)
     cached.host.poke(ARRAY + 31, b"\1")
     assert refused(cached, errno.E2BIG, given) == 0
@@ -313,7 +313,7 @@ def test_longer_entries_end_in_zeros(cached: Guest) -> None:  # events-viommu 11
     assert cached.core().cache == [0, 0, CACHE, CACHE]
 
 
-def test_shorter_entries_are_extended(cached: Guest) -> None:  # events-viommu 11.1-4
+def test_shorter_entries_are_extended(cached: Guest) -> None:  # events-11.1-4
     assert cached.do(cmd(cached, (0, 9, 3), length=8)).entry_num == 1
     assert cached.core().cache == [0, CACHE, CACHE, CACHE]
     assert refused(cached, errno.EINVAL, cmd(cached, (0, 9, 0), length=4)) == 0  # device 0
@@ -322,10 +322,10 @@ def test_shorter_entries_are_extended(cached: Guest) -> None:  # events-viommu 1
 @pytest.mark.parametrize(
     ("entry", "number"),
     [
-        ((2, 9, 0), errno.EOPNOTSUPP),  # events-viommu 11.1-5
-        ((0, 9, 4), errno.EINVAL),  # events-viommu 11.1-6
-        ((1, 9, 4), errno.EINVAL),  # events-viommu 11.1-6
-        ((0, 8, 0), errno.EINVAL),  # events-viommu 11.1-7
+        ((2, 9, 0), errno.EOPNOTSUPP),  # events-11.1-5
+        ((0, 9, 4), errno.EINVAL),  # events-11.1-6
+        ((1, 9, 4), errno.EINVAL),  # events-11.1-6
+        ((0, 8, 0), errno.EINVAL),  # events-11.1-7
     ],
 )
 def test_bad_entries_stop_after_the_good_ones(cached: Guest, entry: tuple[int, int, int], number: int) -> None:
@@ -333,12 +333,12 @@ def test_bad_entries_stop_after_the_good_ones(cached: Guest, entry: tuple[int, i
     assert cached.core().cache == [CACHE, CACHE, 0, CACHE]
 
 
-def test_all_words(cached: Guest) -> None:  # events-viommu 11.1-8
+def test_all_words(cached: Guest) -> None:  # events-11.1-8
     assert cached.do(cmd(cached, (1, 9, 0))).entry_num == 1
     assert cached.core().cache == [0] * 4
 
 
-def test_check_cache(cached: Guest) -> None:  # mock-device 4.7
+def test_check_cache(cached: Guest) -> None:  # mock 4.7
     cached.op_refuses(errno.ENOENT, t.test_dev_check_cache(id=99, cache=CACHE))
     cached.op_refuses(errno.EINVAL, t.test_dev_check_cache(id=cached.dev, arm_id=4, cache=CACHE))
     cached.op_refuses(errno.EINVAL, t.test_dev_check_cache(id=cached.dev, arm_id=3, cache=0))
@@ -359,11 +359,11 @@ def mapped(g: Guest) -> Guest:
     return g
 
 
-def test_only_the_selftest_queues(mapped: Guest) -> None:  # events-viommu 9-5
+def test_only_the_selftest_queues(mapped: Guest) -> None:  # events-9-5
     mapped.refuses(errno.EOPNOTSUPP, queue(mapped, 0, type=1))
 
 
-def test_two_queues_in_ascending_order(mapped: Guest) -> None:  # events-viommu 9, driver part
+def test_two_queues_in_ascending_order(mapped: Guest) -> None:  # events 9, driver part
     mapped.refuses(errno.EINVAL, queue(mapped, 2))
     mapped.refuses(errno.EIO, queue(mapped, 1))
     mapped.refuses(errno.ENOENT, queue(mapped, 2, page=4))  # pinning comes first
@@ -392,14 +392,14 @@ def test_what_7_3_4_frees(mapped: Guest) -> None:  # docs/deviations.md hw-queue
     mapped.refuses(errno.EEXIST, queue(mapped, 1, page=1))
 
 
-def test_each_viommu_has_its_own(mapped: Guest) -> None:  # events-viommu 9
+def test_each_viommu_has_its_own(mapped: Guest) -> None:  # events 9
     other = mapped.viommu(mapped.parent)
     mapped.do(queue(mapped, 0))
     mapped.refuses(errno.EIO, queue(mapped, 1, viommu_id=other))
     mapped.do(queue(mapped, 0, viommu_id=other))
 
 
-def test_the_base_address_is_checked(mapped: Guest) -> None:  # events-viommu 9, driver part
+def test_the_base_address_is_checked(mapped: Guest) -> None:  # events 9, driver part
     """The pinned page and the parent's translation differ only if the page table does not hold what was pinned."""
     domain = mapped.object(mapped.parent).domain  # type: ignore[attr-defined]
     domain.unmap(IOVA, 4 * P)
@@ -408,13 +408,13 @@ def test_the_base_address_is_checked(mapped: Guest) -> None:  # events-viommu 9,
     assert difference(before, mapped.ledger()) == []
 
 
-def test_a_queue_inside_a_page(mapped: Guest) -> None:  # events-viommu 9
+def test_a_queue_inside_a_page(mapped: Guest) -> None:  # events 9
     given = queue(mapped, 0, length=16)
     given.nesting_parent_iova += 0x123
     mapped.do(given)
 
 
-def test_alignment_of_the_ioas_rises_and_falls(mapped: Guest) -> None:  # events-viommu 9-10
+def test_alignment_of_the_ioas_rises_and_falls(mapped: Guest) -> None:  # events-9-10
     table = mapped.table(mapped.ioas_id)
     assert table.iova_alignment == 2048
     number = mapped.do(queue(mapped, 0)).out_hw_queue_id
@@ -425,7 +425,7 @@ def test_alignment_of_the_ioas_rises_and_falls(mapped: Guest) -> None:  # events
     mapped.refuses(errno.EADDRINUSE, queue(mapped, 0))
 
 
-def test_everything_goes_with_the_context(mapped: Guest) -> None:  # events-viommu 10
+def test_everything_goes_with_the_context(mapped: Guest) -> None:  # events 10
     mapped.do(viommu_cmd(mapped, 24))
     mapped.do(queue(mapped, 0))
     mapped.do(queue(mapped, 1, page=1))
