@@ -1,1 +1,5 @@
-"""What Python programs import: one typed API over a real or a software /dev/iommu."""
+"""The client: one typed API over the kernel's ``/dev/iommu`` and the software one. Everything is exported by
+``iommufd``.
+
+It knows the uAPI and the eight calls of a backend, and nothing of the engine.
+"""

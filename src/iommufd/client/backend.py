@@ -3,7 +3,7 @@
 Nothing else distinguishes the real ``/dev/iommu`` from the software one. Descriptors are ordinary numbers of the
 calling process in both, so ``os.fstat``, ``select`` and passing them inside structs work alike. Errors are ``OSError``
 with the kernel's errno; the software backend raises :class:`~iommufd.client.errors.IommufdError` s whose ``why`` says
-more.
+more. A backend of one's own is checked by ``iommufd.testing``'s conformance functions.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ class Backend(Protocol):
 
         Pointers inside the struct are addresses of this process. Returns the call's result, 0 or more."""
 
-    def read(self, fd: int, count: int) -> bytes:
-        """Up to ``count`` bytes; may be empty."""
+    def read(self, fd: int, count: int, offset: int | None = None) -> bytes:
+        """Up to ``count`` bytes, perhaps none: read(2), or pread(2) when an ``offset`` is given."""
 
-    def write(self, fd: int, data: bytes) -> int:
-        """Bytes taken."""
+    def write(self, fd: int, data: bytes, offset: int | None = None) -> int:
+        """Bytes taken: write(2), or pwrite(2) when an ``offset`` is given."""
 
     def poll(self, fd: int, events: int, timeout: float | None) -> int:
         """Waits up to ``timeout`` seconds (None: forever) for any of ``events``; the ready mask, 0 on timeout."""

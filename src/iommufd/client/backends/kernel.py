@@ -13,6 +13,9 @@ class KernelBackend:
 
     name = "kernel"
 
+    def __repr__(self) -> str:
+        return f"<KernelBackend, Linux {os.uname().release}>"
+
     def open(self, path: str, flags: int) -> int:
         return os.open(path, flags | os.O_CLOEXEC)
 
@@ -22,11 +25,11 @@ class KernelBackend:
         result: int = fcntl.ioctl(fd, cmd, arg, True)
         return result
 
-    def read(self, fd: int, count: int) -> bytes:
-        return os.read(fd, count)
+    def read(self, fd: int, count: int, offset: int | None = None) -> bytes:
+        return os.read(fd, count) if offset is None else os.pread(fd, count, offset)
 
-    def write(self, fd: int, data: bytes) -> int:
-        return os.write(fd, data)
+    def write(self, fd: int, data: bytes, offset: int | None = None) -> int:
+        return os.write(fd, data) if offset is None else os.pwrite(fd, data, offset)
 
     def poll(self, fd: int, events: int, timeout: float | None) -> int:
         poller = select.poll()

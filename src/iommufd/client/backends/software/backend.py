@@ -1,9 +1,14 @@
 """The software backend: an in-process machine behind the eight calls.
 
-Descriptors are real ones of this process. A file that is always ready is represented by a memfd, a queue by a pipe that
-holds one byte while the queue is readable, so ``select``, ``os.fstat`` and passing numbers inside structs work as with
-a kernel. ``os.dup`` of one is recognised (by inode); the file is released when the backend's
-:meth:`~SoftwareBackend.close` has closed every number the backend itself handed out.
+Invariants:
+
+* Descriptors are real ones of this process (see :mod:`.descriptors`). ``os.dup`` of one is recognised (by inode); the
+  file is released when the backend's :meth:`~SoftwareBackend.close` has closed every number the backend itself handed
+  out.
+* Any thread may make any call. A forked child may make none: the machine is the parent's, and what the child has is a
+  copy with other threads' locks in it. Every call there raises RuntimeError and touches nothing.
+* One backend a machine and process, because the process is one address space to the machine:
+  :func:`~iommufd.client.backends.software.software` sees to it.
 """
 
 from __future__ import annotations
@@ -18,23 +23,14 @@ from typing import TYPE_CHECKING
 
 from iommufd.client.backends.software.descriptors import Descriptors
 from iommufd.client.backends.software.own_task import STRUCT, OwnProcess, OwnTask
+from iommufd.client.errors import IommufdError
 from iommufd.engine.file import File, Pending
 from iommufd.errors import KernelError
 
 if TYPE_CHECKING:
     from iommufd.machine.machine import Machine
 
-
-class SoftwareError(OSError):
-    """An OSError with the reason: ``why`` is one sentence with the numbers in it."""
-
-    def __init__(self, number: int, why: str) -> None:
-        super().__init__(number, f"{os.strerror(number)}: {why}")
-        self.why = why
-
-
-def as_os_error(error: KernelError) -> SoftwareError:
-    return SoftwareError(error.errno, error.why)
+_alive: weakref.WeakSet[SoftwareBackend] = weakref.WeakSet()
 
 
 class SoftwareBackend:
@@ -46,7 +42,11 @@ class SoftwareBackend:
         self.machine = machine
         self.owner = OwnProcess(machine.world.physical)
         self.descriptors = Descriptors()
-        self._files = self.descriptors._files
+        self._files = self.descriptors.files
+        _alive.add(self)
+
+    def __repr__(self) -> str:
+        return f"<SoftwareBackend of {self.machine!r}>"
 
     def task(self, buffer: bytearray | None = None) -> OwnTask:
         """The calling thread, for one call on the engine."""
@@ -60,12 +60,13 @@ class SoftwareBackend:
                 raise KernelError(errno.ENOENT, f"machine {self.machine.name} has no {path}")
             return self.descriptors.add(file)
         except KernelError as error:
-            raise as_os_error(error) from None
+            raise _os_error(error) from None
 
     def _file(self, fd: int) -> File:
-        file = self._files.get(fd) or self.descriptors.find(fd)
+        self.owner.check()
+        file = self.descriptors.find(fd)
         if file is None:
-            raise SoftwareError(errno.EBADF, f"descriptor {fd} is not one of this machine's")
+            raise IommufdError(errno.EBADF, f"descriptor {fd} is not one of this machine's")
         return file
 
     def ioctl(self, fd: int, cmd: int, arg: bytearray | int) -> int:
@@ -76,26 +77,28 @@ class SoftwareBackend:
             else:
                 result = file.ioctl(OwnTask(self.owner, self.descriptors, arg), cmd, STRUCT)
         except KernelError as error:
-            raise as_os_error(error) from None
+            raise _os_error(error) from None
         return result if isinstance(result, int) else _wait(result)
 
-    def read(self, fd: int, count: int) -> bytes:
+    def read(self, fd: int, count: int, offset: int | None = None) -> bytes:
+        file = self._files.get(fd) or self._file(fd)
         buffer = bytearray(count)
         try:
-            got = self._file(fd).read(self.task(buffer), STRUCT, count)
+            got = file.read(self.task(buffer), STRUCT, count, offset)
         except KernelError as error:
-            raise as_os_error(error) from None
+            raise _os_error(error) from None
         return bytes(buffer[: got if isinstance(got, int) else _wait(got)])
 
-    def write(self, fd: int, data: bytes) -> int:
+    def write(self, fd: int, data: bytes, offset: int | None = None) -> int:
+        file = self._files.get(fd) or self._file(fd)
         try:
-            done = self._file(fd).write(self.task(bytearray(data)), STRUCT, len(data))
+            done = file.write(self.task(bytearray(data)), STRUCT, len(data), offset)
         except KernelError as error:
-            raise as_os_error(error) from None
+            raise _os_error(error) from None
         return done if isinstance(done, int) else _wait(done)
 
     def poll(self, fd: int, events: int, timeout: float | None) -> int:
-        file = self._file(fd)
+        file = self._files.get(fd) or self._file(fd)
         ready = file.poll() & events
         if ready or timeout == 0:
             return ready
@@ -105,32 +108,46 @@ class SoftwareBackend:
         return file.poll() & events
 
     def mmap(self, fd: int, length: int, prot: int, flags: int, offset: int) -> memoryview:
-        file = self._file(fd)
+        file = self._files.get(fd) or self._file(fd)
         length = -(-length // 4096) * 4096
         try:
             memory, where = file.mmap(self.task(), offset, length, prot, bool(flags & _mmap.MAP_SHARED))
         except KernelError as error:
-            raise as_os_error(error) from None
+            raise _os_error(error) from None
         try:
             mapping = _mmap.mmap(memory, length, flags=flags, prot=prot, offset=where)
         except BaseException:
-            file.mapping_closed(offset)
+            self._mapping_gone(file, offset)
             raise
-        weakref.finalize(mapping, file.mapping_closed, offset).atexit = False
+        weakref.finalize(mapping, self._mapping_gone, file, offset).atexit = False
         return memoryview(mapping)
 
+    def _mapping_gone(self, file: File, offset: int) -> None:
+        if os.getpid() == self.owner.pid:
+            file.mapping_closed(offset)
+            self.descriptors.drop_memory(file)
+
     def close(self, fd: int) -> None:
-        if fd not in self._files:
-            raise SoftwareError(errno.EBADF, f"descriptor {fd} is not one of this machine's")
-        self.descriptors.close(fd)
+        self.owner.check()
+        if not self.descriptors.close(fd):
+            raise IommufdError(errno.EBADF, f"descriptor {fd} is not one of this machine's")
 
     def fileno(self, fd: int) -> int:
         return fd
+
+    def listdir(self, path: str) -> list[str]:
+        """What the directory ``path`` of the machine's /dev and /sys lists. OSError when there is none."""
+        self.owner.check()
+        return os.listdir(self.machine.tree.real(path))
 
     def close_all(self) -> None:
         """Closes every descriptor of the machine, newest first."""
         for fd in reversed(self.descriptors.numbers):
             self.descriptors.close(fd)
+
+
+def _os_error(error: KernelError) -> IommufdError:
+    return IommufdError(error.errno, error.why)
 
 
 def _wait(pending: Pending) -> int:
@@ -143,5 +160,14 @@ def _wait(pending: Pending) -> int:
         pending.drop()
         raise
     if pending.error is not None:
-        raise as_os_error(pending.error)
+        raise _os_error(pending.error)
     return pending.result or 0
+
+
+def _disown() -> None:
+    """In a forked child: no number is found any more, so every call takes the slow path, where the owner refuses."""
+    for backend in list(_alive):
+        backend.descriptors.forget()
+
+
+os.register_at_fork(after_in_child=_disown)

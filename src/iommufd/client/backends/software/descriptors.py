@@ -1,7 +1,7 @@
 """Numbers of this process that name Files of one machine.
 
-A file that is always ready is represented by a memfd, a queue by a pipe that holds one byte while the queue is readable, so
-``select``, ``os.fstat`` and passing numbers inside structs work as with a kernel.
+A file that is always ready is represented by a memfd, a queue by a pipe that holds one byte while the queue is
+readable, so ``select``, ``os.fstat`` and passing numbers inside structs work as with a kernel.
 """
 
 from __future__ import annotations
@@ -19,14 +19,15 @@ class Descriptors:
     """The numbers of this process that name Files of one machine."""
 
     def __init__(self) -> None:
-        self._files: dict[int, File] = {}
+        self.files: dict[int, File] = {}
         self._inodes: dict[tuple[int, int], File] = {}
         self._wakers: dict[int, tuple[int, threading.Lock]] = {}  # queue number -> (our end of its pipe, lock)
         self._reserved: dict[int, None] = {}
+        self._lock = threading.Lock()
 
     def find(self, fd: int) -> File | None:
         """The File behind ``fd``, also through a duplicate the program made; None when it is not one of ours."""
-        file = self._files.get(fd)
+        file = self.files.get(fd)
         if file is not None:
             return file
         if fd < 0 or fd > 2**31 - 1:
@@ -71,7 +72,7 @@ class Descriptors:
                 file.memory_fd = own
             else:
                 os.close(own)
-        self._files[fd] = file
+        self.files[fd] = file
         status = os.fstat(fd)
         self._inodes[(status.st_dev, status.st_ino)] = file
 
@@ -85,8 +86,11 @@ class Descriptors:
         self.install(fd, file)
         return fd
 
-    def close(self, fd: int) -> None:
-        file = self._files.pop(fd)
+    def close(self, fd: int) -> bool:
+        """Closes a number handed out here; False when it is none (any more)."""
+        file = self.files.pop(fd, None)
+        if file is None:
+            return False
         status = os.fstat(fd)
         self._inodes.pop((status.st_dev, status.st_ino), None)
         waker = self._wakers.pop(fd, None)
@@ -94,15 +98,27 @@ class Descriptors:
             file.poll_changed = None
             os.close(waker[0])
         os.close(fd)
-        memory = file.memory_fd
         file.put()
-        if memory >= 0 and file.references == 0:
-            os.close(memory)
+        self.drop_memory(file)
+        return True
+
+    def drop_memory(self, file: File) -> None:
+        """Closes the memory of a mappable file once nothing refers to the file: no number, no mapping."""
+        with self._lock:
+            if file.references or file.memory_fd < 0:
+                return
+            memory, file.memory_fd = file.memory_fd, -1
+        os.close(memory)
+
+    def forget(self) -> None:
+        """In a forked child: the numbers name nothing any more. The files are the parent's; nothing is released."""
+        self.files.clear()
+        self._inodes.clear()
 
     @property
     def numbers(self) -> list[int]:
         """The open ones, ascending."""
-        return sorted(self._files)
+        return sorted(self.files)
 
 
 def _signal(pipe: int, lock: threading.Lock, readable: bool) -> None:

@@ -1,0 +1,58 @@
+"""Structs as calls: which ioctl a struct belongs to, and how a call looks to a person. No kernel object."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from iommufd.errors import errno_name
+from iommufd.uapi.commands import BY_NAME, BY_NUMBER, COMMANDS
+
+if TYPE_CHECKING:
+    from iommufd.uapi.declare import Struct
+
+TEST_CMD = BY_NAME["IOMMU_TEST_CMD"].number
+
+NUMBERS: dict[type[Struct], int] = {command.struct: command.number for command in COMMANDS}
+
+
+def number_of(struct: Struct) -> int:
+    """The ioctl number of an iommufd command's struct (any arm of the test command included). TypeError for others."""
+    kind = type(struct)
+    found = NUMBERS.get(kind)
+    if found is None:
+        found = next((NUMBERS[base] for base in kind.__mro__ if base in NUMBERS), None)
+        if found is None:
+            raise TypeError(f"{kind.__name__} is not the struct of an iommufd command")
+        NUMBERS[kind] = found
+    return found
+
+
+def filled(struct: Struct) -> int:
+    """Fills ``size``, and ``op`` of a test command, in where they are zero; the ioctl number."""
+    cmd = number_of(struct)
+    fields: Any = struct
+    if not fields.size:
+        fields.size = struct.SIZE
+    if cmd == TEST_CMD and not fields.op:
+        from iommufd.uapi.iommufd_test import ARMS
+
+        fields.op = next((op for op, arm in ARMS.items() if arm is type(struct)), 0)
+    return cmd
+
+
+def show(cmd: int, data: bytes | bytearray) -> str:
+    """An iommufd call as a person reads it: the struct with its fields, or the number when it is not known."""
+    command = BY_NUMBER.get(cmd)
+    if command is None:
+        return f"ioctl {cmd:#x}"
+    struct = command.struct
+    if cmd == TEST_CMD:
+        from iommufd.uapi.iommufd_test import ARMS
+
+        struct = ARMS.get(int.from_bytes(data[4:8], "little"), struct)
+    return f"{command.name} {struct.unpack(data)!r}"
+
+
+def refused(number: int, request: str) -> str:
+    """The sentence where nobody gives a reason: a kernel tells an errno and nothing else."""
+    return f"{errno_name(number)} from {request}"

@@ -1,0 +1,127 @@
+"""Handle: one open descriptor of a backend, with what may and may not be done to it (kernel: struct file).
+
+Invariants:
+
+* Whoever made the handle closes it, once; afterwards every call fails with EBADF and a sentence. The number is taken
+  out of the handle before it is closed, so no later call can reach a stranger's file of the same number.
+* A forked child has none of its parent's handles: every call there raises RuntimeError, and nothing is ever closed or
+  undone by it (the child's exit must not tear down what the parent uses). A child opens its own, or adopts the number
+  (:func:`iommufd.client.context.adopt`).
+* What a backend raises reaches the user as :class:`IommufdError` with the request in it.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import weakref
+from typing import TYPE_CHECKING
+
+from iommufd.client.calls import refused, show
+from iommufd.client.errors import IommufdError
+
+if TYPE_CHECKING:
+    from iommufd.client.backend import Backend
+
+POLLIN, POLLOUT = 0x001, 0x004
+
+_handles: weakref.WeakSet[Handle] = weakref.WeakSet()
+
+
+class Handle:
+    """``fd`` of ``backend``; ``name`` is what a sentence calls it (``"the iommufd context"``)."""
+
+    def __init__(self, backend: Backend, fd: int, name: str) -> None:
+        self.backend = backend
+        self.name = name
+        self._fd = fd
+        self._foreign = False
+        self._call = backend.ioctl
+        _handles.add(self)
+
+    @property
+    def closed(self) -> bool:
+        """Whether no call can be made through this handle (any more)."""
+        return self._fd < 0
+
+    def fileno(self) -> int:
+        """The descriptor's number, for select and friends. IommufdError EBADF when closed."""
+        if self._fd < 0:
+            raise self.failure(None)
+        return self.backend.fileno(self._fd)
+
+    def ioctl(self, cmd: int, arg: bytearray | int = 0) -> int:
+        """One raw ioctl: ``arg`` is the struct's bytes, changed in place, or a number. The result, 0 or more."""
+        try:
+            return self._call(self._fd, cmd, arg)
+        except (OSError, ValueError, RuntimeError) as error:
+            raise self.failure(error, cmd, arg) from None
+
+    def read(self, count: int, offset: int | None = None) -> bytes:
+        """read(2) or, with an ``offset``, pread(2): up to ``count`` bytes."""
+        try:
+            return self.backend.read(self._fd, count, offset)
+        except (OSError, ValueError, RuntimeError) as error:
+            raise self.failure(error, f"read of {count} bytes") from None
+
+    def write(self, data: bytes, offset: int | None = None) -> int:
+        """write(2) or, with an ``offset``, pwrite(2): bytes taken."""
+        try:
+            return self.backend.write(self._fd, data, offset)
+        except (OSError, ValueError, RuntimeError) as error:
+            raise self.failure(error, f"write of {len(data)} bytes") from None
+
+    def poll(self, events: int = POLLIN, timeout: float | None = 0) -> int:
+        """Which of ``events`` are ready, waiting up to ``timeout`` seconds (None: forever) for one; 0 when none is."""
+        try:
+            return self.backend.poll(self._fd, events, timeout)
+        except (OSError, ValueError, RuntimeError) as error:
+            raise self.failure(error, "poll") from None
+
+    def mmap(self, length: int, offset: int, *, writeable: bool = True) -> memoryview:
+        """Maps device memory, shared. It stays, and keeps the file open, until the last view of it is gone."""
+        prot = 3 if writeable else 1  # PROT_READ | PROT_WRITE
+        try:
+            return self.backend.mmap(self._fd, length, prot, 1, offset)  # MAP_SHARED
+        except (OSError, ValueError, RuntimeError, OverflowError) as error:
+            raise self.failure(error, f"mmap of {length:#x} bytes at offset {offset:#x}") from None
+
+    def close_fd(self) -> bool:
+        """Closes the descriptor; False when it was closed already, by this process or (as far as it goes) its
+        parent."""
+        fd, self._fd = self._fd, -1
+        if fd < 0:
+            return False
+        self.backend.close(fd)
+        return True
+
+    def failure(self, error: Exception | None, cmd: int | str = 0, arg: bytearray | int = 0) -> Exception:
+        """What the user sees for ``error`` of a call (None: a call that was not even made)."""
+        if self._foreign:
+            return RuntimeError(
+                f"{self.name} belongs to the parent of this process ({os.getpid()}), which must open its own"
+            )
+        if self._fd < 0:
+            return IommufdError(errno.EBADF, f"{self.name} is closed")
+        if not isinstance(error, OSError):
+            assert error is not None
+            return error
+        request = cmd if isinstance(cmd, str) else show(cmd, arg) if isinstance(arg, bytearray) else f"ioctl {cmd:#x}"
+        number = error.errno or 0
+        if isinstance(error, IommufdError):
+            error.request = request
+            return error
+        return IommufdError(number, refused(number, request), request)
+
+    def _disown(self) -> None:
+        if self._fd >= 0:
+            self._foreign = True
+            self._fd = -1
+
+
+def _after_fork() -> None:
+    for handle in list(_handles):
+        handle._disown()
+
+
+os.register_at_fork(after_in_child=_after_fork)

@@ -1,0 +1,10 @@
+"""VFIO device files under iommufd: open, bind, attach, and drive a device (kernel: struct vfio_device_file).
+
+:func:`open` is also ``Context.open_device`` and ``iommufd.vfio_open``.
+"""
+
+from iommufd.client.vfio.device import DeviceInfo, HotResetDevice, VFIODevice, open
+from iommufd.client.vfio.irqs import EventFd, Irq
+from iommufd.client.vfio.regions import Region
+
+__all__ = ["DeviceInfo", "EventFd", "HotResetDevice", "Irq", "Region", "VFIODevice", "open"]
