@@ -7,6 +7,7 @@ some containers), then waits for one byte, so that the supervisor serves before 
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import os
@@ -51,8 +52,8 @@ class Launched:
 
         Returns when the program has been executed (or the child was killed); LaunchError 126 or 127 when it cannot
         be."""
+        self.begin()
         try:
-            self._channel.send(b"g")
             report = self._channel.recv(_REPORT.size)
         except OSError:
             report = b""
@@ -60,8 +61,18 @@ class Launched:
         if len(report) == _REPORT.size:
             raise _exec_error(self._program, _REPORT.unpack(report)[1])
 
+    def begin(self) -> None:
+        """The child goes on; nobody need wait for what comes of it (:meth:`forget`)."""
+        with contextlib.suppress(OSError):
+            self._channel.send(b"g")
+
+    def forget(self) -> None:
+        """Closes our end of the talk with the child; the listener stays."""
+        self._channel.close()
+
     def cancel(self) -> None:
         """Ends the child without running anything."""
+        os.close(self.listener)
         self._channel.close()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -9,8 +10,9 @@ from typing import TYPE_CHECKING
 
 from iommufd.interpose.children import Children
 from iommufd.interpose.filter import compile_filter, descriptor_range
-from iommufd.interpose.launch import start
+from iommufd.interpose.launch import EXIT_SUPERVISOR, LaunchError, start
 from iommufd.interpose.supervisor import Supervisor
+from iommufd.interpose.syscalls import ARCHES, host_arch
 
 if TYPE_CHECKING:
     from iommufd.machine.machine import Machine
@@ -31,6 +33,9 @@ def run(
     """Runs ``argv`` on ``machine`` and returns its wait status when nobody of its tree is left.
 
     Call it in the main thread. LaunchError with the exit code and one sentence when the program cannot be run."""
+    if host_arch() is None:
+        here, known = os.uname().machine, " and ".join(ARCHES)
+        raise LaunchError(EXIT_SUPERVISOR, f"programs of {here} cannot be supervised, only those of {known}")
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     base, top = descriptor_range(soft if soft != resource.RLIM_INFINITY else 1024)
     program = compile_filter(base, top, pin_tracking=pin_tracking)
@@ -40,7 +45,12 @@ def run(
         launched = start(argv, program, env=env, signal_mask=children.mask_before, die_with_parent=True)
         if soft < hard:
             resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # ours only: each file of the machine takes one
-        supervisor = Supervisor(machine, launched.listener, base, top, make_space=make_space)
+        try:
+            supervisor = Supervisor(machine, launched.listener, base, top, make_space=make_space)
+        except OSError as error:
+            launched.cancel()
+            children.wait(launched.pid)
+            raise LaunchError(EXIT_SUPERVISOR, f"the supervisor cannot be set up: {error}") from None
         supervisor.start()
         try:
             launched.go()
