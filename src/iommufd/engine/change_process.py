@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from iommufd.engine.dispatch import Call, Handler, Respond
 from iommufd.engine.ioas import IOAS
-from iommufd.engine.pages import Owner, Pages
+from iommufd.engine.pages import Heir, Owner, Pages
 from iommufd.errors import KernelError
 from iommufd.memory.accounting import Mode, charge, must_move, uncharge
 from iommufd.uapi import iommufd as u
@@ -88,14 +88,17 @@ def _move(task: Task, found: list[Pages]) -> None:
         for mode in paid:
             uncharge(mode, process, user, space, bill[mode])
         raise
-    gone = False
+    owners = {mode: Owner(process, user, space, mode) for mode in Mode}
+    heirs = []
     for pages in moving:  # row 6
         old = pages.owner
-        gone |= not uncharge(old.mode, old.process, old.user, old.space, pages.held())
-    owners = {mode: Owner(process, user, space, mode) for mode in Mode}
-    for pages in found:
+        if not uncharge(old.mode, old.process, old.user, old.space, pages.held()):
+            heirs.append(pages)
+    for pages in [*moving, *(p for p in found if type(p.owner) is not Heir)]:
         pages.owner = owners[pages.owner.mode]
-    if gone:  # the quirk of row 6
+    for pages in heirs:
+        pages.owner = Heir(process, user, space, pages.owner.mode)
+    if heirs:  # the quirk of row 6
         raise KernelError(errno.EINVAL, "the process that paid until now is gone; its charge could not be taken back")
 
 

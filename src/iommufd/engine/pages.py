@@ -46,6 +46,13 @@ class Owner:
         self.mode = mode
 
 
+class Heir(Owner):
+    """An owner who was charged for pages whose earlier payer was gone (core 4.13, quirk): what is pinned now is never
+    taken off again; what is pinned after all of that went is charged and released as usual."""
+
+    __slots__ = ()
+
+
 class Segment:
     """Pages ``[start, end)`` of one pages object, all with the same number of holders (at least one)."""
 
@@ -282,7 +289,12 @@ class Pages:
         charge(owner.mode, owner.process, owner.user, owner.space, pages)
 
     def uncharge(self, pages: int) -> None:
+        """Takes the charge of unpinned pages back, after they were unpinned."""
         owner = self.owner
+        if type(owner) is Heir:
+            if not self.held():
+                self.owner = Owner(owner.process, owner.user, owner.space, owner.mode)
+            return
         uncharge(owner.mode, owner.process, owner.user, owner.space, pages)
 
     # ---------------------------------------------------------------------------------------------- access records
