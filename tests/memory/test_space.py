@@ -100,12 +100,21 @@ def test_a_growing_vma_keeps_its_frames_and_adds_some(rig: Rig) -> None:
     assert total(after) == 20
 
 
-def test_a_terabyte_is_a_few_extents(rig: Rig) -> None:
-    rig.host.map(1 << 40, 1 << 28)
-    rig.space.pin((1 << 40) + (1 << 39), 1, True)  # what is pinned first covers 64 GiB around it
-    extents = rig.space.pin(1 << 40, 1 << 28, True)
-    assert len(extents) == 3
-    assert total(extents) == 1 << 28
+def test_a_terabyte_is_one_extent_and_four_are_a_few(rig: Rig) -> None:
+    rig.host.map(1 << 40, 1 << 30)
+    rig.space.pin((1 << 40) + (1 << 39), 1, True)  # what is pinned first covers up to 1 TiB around it
+    extents = rig.space.pin(1 << 40, 1 << 30, True)
+    assert len(extents) == 2
+    assert total(extents) == 1 << 30
+    assert len(rig.space.look(1 << 40, 1 << 28)) == 1
+
+
+def test_when_frames_get_scarce_a_chunk_is_what_was_asked_for(rig: Rig) -> None:
+    rig.physical.frames.__init__(first=0, end=1 << 20)  # type: ignore[misc]
+    rig.host.map(1 << 40, 1 << 24)
+    extents = rig.space.pin((1 << 40) + 5 * P, 3, True)
+    assert extents[0].chunk.npages == 3
+    rig.fails(errno.ENOMEM, 1 << 40, 1 << 23)
 
 
 def test_huge_pages_are_contiguous(rig: Rig) -> None:

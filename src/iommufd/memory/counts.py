@@ -8,6 +8,7 @@ of pages.
 
 from __future__ import annotations
 
+from array import array
 from bisect import bisect_left, bisect_right
 
 LOAD = 256  # positions in a block
@@ -19,7 +20,7 @@ class Steps:
     __slots__ = ("_at", "_by", "_mins", "_sums")
 
     def __init__(self) -> None:
-        self._at: list[list[int]] = []
+        self._at: list[array[int]] = []
         self._by: list[list[int]] = []
         self._mins: list[int] = []
         self._sums: list[int] = []
@@ -34,7 +35,7 @@ class Steps:
         b = bisect_right(mins, at) - 1
         if b < 0:
             if not mins:
-                self._at.append([at])
+                self._at.append(array("q", (at,)))
                 self._by.append([by])
                 mins.append(at)
                 self._sums.append(by)

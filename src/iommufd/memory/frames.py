@@ -284,13 +284,13 @@ class Chunk:
         return spans
 
     def _enter(self) -> None:
-        with self._allocator.changed:
+        with self._allocator.lock:
             while self.moving:
                 self._allocator.changed.wait()
             self.busy += 1
 
     def _leave(self) -> None:
-        with self._allocator.changed:
+        with self._allocator.lock:
             self.busy -= 1
             if self.moving and not self.busy:
                 self._allocator.changed.notify_all()

@@ -32,9 +32,11 @@ PAGE_IS_PRESENT, PAGE_IS_SWAPPED = 1 << 3, 1 << 4
 # major minor name_size build_id_size | name_addr build_id_addr
 _QUERY = struct.Struct("=QQQQQQQQQIIIIQQ")
 _QUESTION = _QUERY.pack(_QUERY.size, PROCMAP_QUERY_COVERING_OR_NEXT_VMA, *[0] * 13)
-_ADDR_AT, _ANSWER_AT, _NAME_SIZE_AT = 16, 24, 80
+_ADDR_AT, _NAME_SIZE_AT, _NAME_ADDR_AT = 16, 80, 88
+_ANSWER = slice(24, _NAME_SIZE_AT)
+_SIZE = struct.Struct("=I")
 _put_addr = struct.Struct("=Q").pack_into
-_put_name = struct.Struct("=IIQ").pack_into  # size, build id size, address
+_put_size = _SIZE.pack_into
 # struct pm_scan_arg: size flags start end walk_end vec vec_len max_pages inverted mask anyof_mask return_mask
 _SCAN = struct.Struct("=12Q")
 _REGION = struct.Struct("=3Q")  # struct page_region: start end categories
@@ -73,12 +75,24 @@ class _Copier:
         self.iov[0] = ctypes.addressof(buffer)
 
 
+class _Asker:
+    """A PROCMAP_QUERY with room for the name."""
+
+    __slots__ = ("name", "question")
+
+    def __init__(self) -> None:
+        buffer = (ctypes.c_char * _NAME_BYTES)()
+        self.name = memoryview(buffer).cast("B")
+        self.question = bytearray(_QUESTION)
+        _put_addr(self.question, _NAME_ADDR_AT, ctypes.addressof(buffer))
+
+
 class ProcHost:
     """The address space of process (or thread) ``pid`` as it is now.
 
     ProcessLookupError when there is no such process, KernelError(EFAULT) when its memory is closed to us."""
 
-    __slots__ = ("_copiers", "_kinds", "_last", "_maps", "_mem", "_pagemap", "pid")
+    __slots__ = ("_askers", "_copiers", "_kinds", "_last", "_maps", "_mem", "_pagemap", "pid")
 
     def __init__(self, pid: int) -> None:
         self.pid = pid
@@ -95,23 +109,24 @@ class ProcHost:
             self.close()
             raise ProcessLookupError(errno.ESRCH, f"no process {pid}") from None
         self._kinds = Kinds(pid)
+        self._askers: list[_Asker] = []
         self._copiers: list[_Copier] = []
-        self._last = b"", Vma(0, 0, 0)
+        self._last: tuple[bytes | bytearray, Vma, bytes] = b"", Vma(0, 0, 0), b""
 
     # ------------------------------------------------------------------------------------------------------------ VMAs
 
     def query(self, va: int) -> Vma | None:
-        """See :class:`iommufd.memory.space.Host`. The gate VMA ([vsyscall]) is above user space and not one."""
+        """See :class:`iommufd.memory.vma.Host`. The gate VMA ([vsyscall]) is above user space and not one."""
         if va >= 1 << 63:
             return None
-        question = bytearray(_QUESTION)
-        _put_addr(question, _ADDR_AT, va)
+        raw, vma, _ = self._last
         try:
+            if vma.kind == "shmem" and vma.flags & SHARED and vma.start <= va < vma.end:
+                return self._named(va)
+            question = bytearray(_QUESTION)
+            _put_addr(question, _ADDR_AT, va)
             fcntl.ioctl(self._maps, PROCMAP_QUERY, question)
-            raw, vma = self._last
-            if question[_ANSWER_AT:] == raw and not (vma.flags & SHARED and vma.kind == "shmem"):
-                return vma
-            return self._named(va)
+            return vma if question[_ANSWER] == raw else self._named(va)
         except OSError as error:
             if error.errno == errno.ENOENT:
                 return None
@@ -121,26 +136,26 @@ class ProcHost:
             raise ProcessLookupError(errno.ESRCH, f"the address space of process {self.pid} is gone") from None
 
     def _named(self, va: int) -> Vma:
-        """Asks once more, for the name too; remembers the answer.
+        """Asks with the name, and remembers the answer.
 
-        What is shared in the kernel's own tmpfs has to be asked for every time, because only the name tells a SysV
-        segment from a memfd that has the same inode number."""
-        buffer = ctypes.create_string_buffer(_NAME_BYTES)
-        question = bytearray(_QUESTION)
+        What is shared in the kernel's own tmpfs is asked for so every time, because only the name tells a SysV segment
+        from a memfd that has the same inode number."""
+        pool = self._askers
+        asker = pool.pop() if pool else _Asker()
+        question, text = asker.question, asker.name
         _put_addr(question, _ADDR_AT, va)
-        _put_name(question, _NAME_SIZE_AT, _NAME_BYTES, 0, ctypes.addressof(buffer))
+        _put_size(question, _NAME_SIZE_AT, _NAME_BYTES)
         fcntl.ioctl(self._maps, PROCMAP_QUERY, question)
-        _, _, _, start, end, flags, page_size, offset, ino, major, minor, size, _, _, _ = _QUERY.unpack(question)
-        _put_name(question, _NAME_SIZE_AT, 0, 0, 0)
-        raw, vma = self._last
-        name = buffer.raw[: size - 1].decode("utf-8", "surrogateescape") if size else ""
-        answer = bytes(question[_ANSWER_AT:])
-        if answer == raw and name == vma.name:
-            return vma
-        dev = os.makedev(major, minor)
-        kind = self._kinds.of(start, end, dev, ino, name, page_size)
-        vma = Vma(start, end, flags, kind=kind, dev=dev, ino=ino, offset=offset, name=name, page_size=page_size)
-        self._last = answer, vma  # one object, so that no thread pairs bytes with another's VMA
+        answer, (size,) = question[_ANSWER], _SIZE.unpack_from(question, _NAME_SIZE_AT)
+        name = bytes(text[: max(size - 1, 0)])
+        raw, vma, known = self._last
+        if answer != raw or name != known:
+            _, _, _, start, end, flags, page_size, offset, ino, major, minor, _, _, _, _ = _QUERY.unpack(question)
+            dev, decoded = os.makedev(major, minor), name.decode("utf-8", "surrogateescape")
+            kind = self._kinds.of(start, end, dev, ino, decoded, page_size)
+            vma = Vma(start, end, flags, kind=kind, dev=dev, ino=ino, offset=offset, name=decoded, page_size=page_size)
+            self._last = answer, vma, name  # one object, so that no thread pairs bytes with another's VMA
+        pool.append(asker)
         return vma
 
     def _parse(self, va: int) -> Vma | None:

@@ -32,7 +32,7 @@ from iommufd.memory.vma import EXEC, READ, SHARED, WRITE, Host, Vma, check_pin
 
 __all__ = ["EXEC", "READ", "SHARED", "WRITE", "AddressSpace", "Host", "Vma"]
 
-WINDOW_PAGES = 1 << 24  # 64 GiB: how far around the pages asked for a new chunk reaches within its VMA
+WINDOW_PAGES = 1 << 28  # 1 TiB: how far around the pages asked for a new chunk reaches within its VMA
 COPY_BYTES = 1 << 20  # how much is copied at a time when contents are rescued
 PAGE_END = 1 << (64 - PAGE_SHIFT)
 
@@ -235,7 +235,12 @@ class AddressSpace:
         if vma.flags & SHARED:
             self._share(vma, first, last)
         else:
-            chunk = self._physical.frames.chunk(self.name, last - first + 1, vma.order)
+            frames = self._physical.frames
+            try:
+                chunk = frames.chunk(self.name, last - first + 1, vma.order)
+            except KernelError:  # after 10^3 windows of 1 TiB: no more than was asked for
+                first, last = max(first, page & -block), min(last, (stop - 1) | (block - 1))
+                chunk = frames.chunk(self.name, last - first + 1, vma.order)
             chunk.place(0, chunk.npages, self._live, first << PAGE_SHIFT)
             self._hold(first, last, Held(chunk, 0, None, 0))
         found = self._index.find(page)
@@ -280,8 +285,11 @@ class AddressSpace:
         """Whether any page in bytes ``[start, end)`` has frames that are pinned. One look when nothing was pinned."""
         if not len(self._index) or start >= end:
             return False
+        first, last = start >> PAGE_SHIFT, (end - 1) >> PAGE_SHIFT
         with self._lock:
-            parts = self._parts(start >> PAGE_SHIFT, (end - 1) >> PAGE_SHIFT)
+            if not self._index.overlaps(first, last):
+                return False
+            parts = self._parts(first, last)
             return any(held.chunk.has_pins(index, index + count) for held, index, count, _ in parts)
 
     def unmap(self, start: int, end: int) -> None:
