@@ -1,4 +1,4 @@
-"""FAULT: reading page requests and writing responses (events-viommu 2, 3.4, 4, 5)."""
+"""FAULT: reading page requests and writing responses (events 2, 3.4, 4, 5)."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import pytest
 
 from iommufd.engine.context import Context
 from iommufd.engine.dispatch import build_table
+from iommufd.engine.failpoints import SLAB
 from iommufd.engine.fault import ROWS, FaultFile, FaultQueue
 from iommufd.engine.file import POLLIN, POLLOUT, POLLRDNORM
 from iommufd.engine.object import Object
@@ -107,12 +108,20 @@ def rig() -> Rig:
 # -------------------------------------------------------------------------------------------------------- 2: allocation
 
 
-def test_flags_are_not_supported(rig: Rig) -> None:  # events-viommu 2-1
+def test_flags_are_not_supported(rig: Rig) -> None:  # events-2-1
     with expect(errno.EOPNOTSUPP):
         rig.alloc(flags=1)
 
 
-def test_no_descriptor_left(rig: Rig) -> None:  # events-viommu 2-4
+def test_no_memory_for_the_object(rig: Rig) -> None:  # events-2-2
+    objects, references = len(rig.context.objects), rig.context.references
+    rig.world.fail = lambda point, task: point == SLAB
+    with expect(errno.ENOMEM):
+        rig.alloc()
+    assert (len(rig.context.objects), rig.context.references) == (objects, references)
+
+
+def test_no_descriptor_left(rig: Rig) -> None:  # events-2-4
     rig.task.files_limit = len(rig.task.files)
     objects, references = len(rig.context.objects), rig.context.references
     with expect(errno.EMFILE):
@@ -121,7 +130,7 @@ def test_no_descriptor_left(rig: Rig) -> None:  # events-viommu 2-4
     assert rig.context.references == references
 
 
-def test_nothing_remains_when_the_answer_cannot_be_written(rig: Rig) -> None:  # events-viommu 2-5
+def test_nothing_remains_when_the_answer_cannot_be_written(rig: Rig) -> None:  # events-2-5
     objects, references, files = len(rig.context.objects), rig.context.references, dict(rig.task.files)
 
     rig.task.write(BASE, iommu_fault_alloc(size=iommu_fault_alloc.SIZE).pack())
@@ -133,14 +142,14 @@ def test_nothing_remains_when_the_answer_cannot_be_written(rig: Rig) -> None:  #
     assert rig.task.files == files
 
 
-def test_allocation(rig: Rig) -> None:  # events-viommu 2-2 2-3 2-6
+def test_allocation(rig: Rig) -> None:  # events-2-2 events-2-3 events-2-6
     assert rig.file.link == "anon_inode:[iommufd-pgfault]"
     assert rig.file.mode == 2
     assert rig.fd in rig.task.cloexec
     assert rig.context.objects.get(rig.fault.id, FaultQueue) is rig.fault
 
 
-def test_the_file_keeps_queue_and_context(rig: Rig) -> None:  # events-viommu 2, 5-8
+def test_the_file_keeps_queue_and_context(rig: Rig) -> None:  # events 2, 5-8
     with expect(errno.EBUSY):
         rig.context.objects.destroy(rig.fault.id)
     rig.context.put()  # the program closes /dev/iommu
@@ -154,7 +163,7 @@ def test_the_file_keeps_queue_and_context(rig: Rig) -> None:  # events-viommu 2,
 # --------------------------------------------------------------------------------------------------------- 3.4 messages
 
 
-def test_message_contents(rig: Rig) -> None:  # events-viommu 3.4
+def test_message_contents(rig: Rig) -> None:  # events 3.4
     rig.report(0x1001, 0x2002, grpid=77, pasid=9, perm=0xF)
     first, last = rig.messages(2)
     assert first == iommu_hwpt_pgfault(
@@ -167,13 +176,13 @@ def test_message_contents(rig: Rig) -> None:  # events-viommu 3.4
 
 
 @pytest.mark.parametrize("count", [1, 39, 41, 2**31, 2**63])
-def test_read_wants_whole_messages(rig: Rig, count: int) -> None:  # events-viommu 4.1-1
+def test_read_wants_whole_messages(rig: Rig, count: int) -> None:  # events-4.1-1
     rig.report(0x1000)
     with expect(errno.ESPIPE):
         rig.read(count)
 
 
-def test_read_of_nothing(rig: Rig) -> None:  # events-viommu 4.1-2 4.1-3
+def test_read_of_nothing(rig: Rig) -> None:  # events-4.1-2 events-4.1-3
     assert rig.read(0) == 0
     assert rig.read(40) == 0
     rig.report(0x1000)
@@ -181,7 +190,7 @@ def test_read_of_nothing(rig: Rig) -> None:  # events-viommu 4.1-2 4.1-3
         rig.read(0)
 
 
-def test_a_group_is_never_split(rig: Rig) -> None:  # events-viommu 4.1-3
+def test_a_group_is_never_split(rig: Rig) -> None:  # events-4.1-3
     rig.report(0x1000, 0x2000)
     with expect(errno.EINVAL):
         rig.read(40)
@@ -192,7 +201,7 @@ def test_a_group_is_never_split(rig: Rig) -> None:  # events-viommu 4.1-3
     assert rig.read(80) == 80
 
 
-def test_cookies_are_the_lowest_free_number(rig: Rig) -> None:  # events-viommu 4.1-4
+def test_cookies_are_the_lowest_free_number(rig: Rig) -> None:  # events-4.1-4
     for grpid in range(4):
         rig.report(0x1000, grpid=grpid)
     assert [m.cookie for m in rig.messages(3)] == [1, 2, 3]
@@ -203,7 +212,7 @@ def test_cookies_are_the_lowest_free_number(rig: Rig) -> None:  # events-viommu 
     assert [m.cookie for m in rig.messages(1)] == [1]
 
 
-def test_a_bad_buffer_loses_nothing(rig: Rig) -> None:  # events-viommu 4.1-5
+def test_a_bad_buffer_loses_nothing(rig: Rig) -> None:  # events-4.1-5
     rig.report(0x1000, grpid=1)
     rig.report(0x2000, grpid=2)
     with expect(errno.EFAULT):
@@ -213,7 +222,7 @@ def test_a_bad_buffer_loses_nothing(rig: Rig) -> None:  # events-viommu 4.1-5
     assert (message.grpid, message.cookie) == (2, 2)
 
 
-def test_read_takes_as_many_groups_as_fit(rig: Rig) -> None:  # events-viommu 4.1-6
+def test_read_takes_as_many_groups_as_fit(rig: Rig) -> None:  # events-4.1-6
     for grpid in range(5):
         rig.report(0x1000, grpid=grpid)
     assert [m.grpid for m in rig.messages(3)] == [0, 1, 2]
@@ -224,22 +233,22 @@ def test_read_takes_as_many_groups_as_fit(rig: Rig) -> None:  # events-viommu 4.
 
 
 @pytest.mark.parametrize("count", [1, 7, 9])
-def test_write_wants_whole_responses(rig: Rig, count: int) -> None:  # events-viommu 4.2-1
+def test_write_wants_whole_responses(rig: Rig, count: int) -> None:  # events-4.2-1
     with expect(errno.ESPIPE):
         rig.respond((1, 0), count=count)
 
 
-def test_write_of_nothing(rig: Rig) -> None:  # events-viommu 4.2
+def test_write_of_nothing(rig: Rig) -> None:  # events 4.2
     assert rig.respond(count=0) == 0
 
 
-def test_write_from_bad_memory(rig: Rig) -> None:  # events-viommu 4.2-2
+def test_write_from_bad_memory(rig: Rig) -> None:  # events-4.2-2
     with expect(errno.EFAULT):
         rig.respond((1, 0), addr=BAD)
 
 
 @pytest.mark.parametrize("code", [2, 3, 0xFFFFFFFF])
-def test_write_wants_a_known_code(rig: Rig, code: int) -> None:  # events-viommu 4.2-3
+def test_write_wants_a_known_code(rig: Rig, code: int) -> None:  # events-4.2-3
     rig.report(0x1000)
     rig.messages(1)
     with expect(errno.EINVAL):
@@ -248,14 +257,14 @@ def test_write_wants_a_known_code(rig: Rig, code: int) -> None:  # events-viommu
 
 
 @pytest.mark.parametrize("cookie", [0, 1, 99])
-def test_write_wants_a_cookie_that_was_read(rig: Rig, cookie: int) -> None:  # events-viommu 4.2-4
+def test_write_wants_a_cookie_that_was_read(rig: Rig, cookie: int) -> None:  # events-4.2-4
     rig.report(0x1000)
     with expect(errno.EINVAL):
         rig.respond((cookie, 0))
 
 
 @pytest.mark.parametrize("code", [ResponseCode.SUCCESS, ResponseCode.INVALID])
-def test_a_response_reaches_the_hardware_once(rig: Rig, code: ResponseCode) -> None:  # events-viommu 4.2-5
+def test_a_response_reaches_the_hardware_once(rig: Rig, code: ResponseCode) -> None:  # events-4.2-5
     rig.report(0x1000, 0x2000, grpid=5)
     rig.messages(2)
     assert rig.respond((1, code)) == 8
@@ -264,7 +273,7 @@ def test_a_response_reaches_the_hardware_once(rig: Rig, code: ResponseCode) -> N
         rig.respond((1, code))
 
 
-def test_an_error_after_a_response_reports_what_was_done(rig: Rig) -> None:  # events-viommu 4.2
+def test_an_error_after_a_response_reports_what_was_done(rig: Rig) -> None:  # events 4.2
     rig.report(0x1000, grpid=1)
     rig.report(0x1000, grpid=2)
     rig.messages(2)
@@ -276,7 +285,7 @@ def test_an_error_after_a_response_reports_what_was_done(rig: Rig) -> None:  # e
 # ----------------------------------------------------------------------------------------------------------- 4.3 others
 
 
-def test_poll(rig: Rig) -> None:  # events-viommu 4.3-1
+def test_poll(rig: Rig) -> None:  # events 4.3 (1)
     assert rig.file.poll() == IDLE
     rig.report(0x1000)
     assert rig.file.poll() == READY
@@ -293,7 +302,7 @@ def test_every_group_is_announced(rig: Rig) -> None:
     assert rig.polls[2:] == [READY]
 
 
-def test_positions_and_other_calls(rig: Rig) -> None:  # events-viommu 4.3-2 4.3-3 4.3-4
+def test_positions_and_other_calls(rig: Rig) -> None:  # events 4.3 (2) events 4.3 (3) events 4.3 (4)
     task = as_task(rig.task)
     with expect(errno.ESPIPE):
         rig.file.read(task, BASE, 40, 0)
@@ -307,19 +316,19 @@ def test_positions_and_other_calls(rig: Rig) -> None:  # events-viommu 4.3-2 4.3
         rig.file.mmap(task, 0, 4096, 3, True)
 
 
-def test_a_closed_queue_still_takes_groups(rig: Rig) -> None:  # events-viommu 4.3-5
+def test_a_closed_queue_still_takes_groups(rig: Rig) -> None:  # events 4.3 (5)
     rig.report(0x1000)
     rig.task.close(rig.fd)
     rig.report(0x2000)
     assert rig.fault.ready()
     rig.context.objects.destroy(rig.fault.id)
-    assert rig.driver.responses == [(1, ResponseCode.INVALID)] * 2  # events-viommu 5-8: leftovers
+    assert rig.driver.responses == [(1, ResponseCode.INVALID)] * 2  # events 5 (8): leftovers
 
 
 # ---------------------------------------------------------------------------------- 5: pending groups, end of an attach
 
 
-def test_the_end_of_an_attach_answers_read_and_unread_groups(rig: Rig) -> None:  # events-viommu 5-1
+def test_the_end_of_an_attach_answers_read_and_unread_groups(rig: Rig) -> None:  # events 5 (1)
     rig.report(0x1000, grpid=1)
     (message,) = rig.messages(1)
     rig.report(0x2000, grpid=2)
@@ -332,7 +341,7 @@ def test_the_end_of_an_attach_answers_read_and_unread_groups(rig: Rig) -> None: 
         rig.respond((message.cookie, 0))
 
 
-def test_other_attachments_are_untouched(rig: Rig) -> None:  # events-viommu 5-2 5-5
+def test_other_attachments_are_untouched(rig: Rig) -> None:  # events 5 (2) events 5 (5)
     other = rig.attach(pasid=3)
     rig.report(0x1000, grpid=1)
     rig.report(0x2000, grpid=2, handle=other)
@@ -344,7 +353,7 @@ def test_other_attachments_are_untouched(rig: Rig) -> None:  # events-viommu 5-2
     assert rig.respond((1, 0)) == 8
 
 
-def test_cookies_of_discarded_groups_are_free_again(rig: Rig) -> None:  # events-viommu 5-1
+def test_cookies_of_discarded_groups_are_free_again(rig: Rig) -> None:  # events 5 (1)
     other = rig.attach()
     rig.report(0x1000)
     rig.report(0x1000, handle=other)
@@ -354,7 +363,7 @@ def test_cookies_of_discarded_groups_are_free_again(rig: Rig) -> None:  # events
     assert [m.cookie for m in rig.messages(1)] == [1]
 
 
-def test_nothing_arrives_for_an_ended_attach(rig: Rig) -> None:  # events-viommu 5-1
+def test_nothing_arrives_for_an_ended_attach(rig: Rig) -> None:  # events 5 (1)
     rig.fault.discard(rig.handle)
     with expect(errno.EINVAL):
         rig.report(0x1000)

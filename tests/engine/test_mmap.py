@@ -1,4 +1,4 @@
-"""Mapping memory of an iommufd descriptor (core 1.7, events-viommu 9.1)."""
+"""Mapping memory of an iommufd descriptor (core 1.7, events 9.1)."""
 
 from __future__ import annotations
 
@@ -49,12 +49,12 @@ def rig() -> Rig:
 
 
 @pytest.mark.parametrize("length", [0, 1, P - 1, P + 1, -P])
-def test_a_region_is_whole_pages(rig: Rig, length: int) -> None:  # events-viommu 9.1
+def test_a_region_is_whole_pages(rig: Rig, length: int) -> None:  # events 9.1
     with expect(errno.EINVAL):
         rig.context.store.add(rig.owner, length)
 
 
-def test_first_fit_from_one_page_on(rig: Rig) -> None:  # events-viommu 9.1
+def test_first_fit_from_one_page_on(rig: Rig) -> None:  # events 9.1
     first, second, third = (rig.region(2) for _ in range(3))
     assert [r.offset for r in (first, second, third)] == [0x1000, 0x3000, 0x5000]
     rig.context.store.remove(second)
@@ -63,7 +63,7 @@ def test_first_fit_from_one_page_on(rig: Rig) -> None:  # events-viommu 9.1
     assert rig.region(1).offset == 0x4000
 
 
-def test_no_room(rig: Rig) -> None:  # events-viommu 9.1
+def test_no_room(rig: Rig) -> None:  # events 9.1
     with expect(errno.EBUSY):
         rig.context.store.add(rig.owner, 1 << 63)
 
@@ -90,7 +90,7 @@ def test_a_region_has_ends(rig: Rig, at: int, count: int) -> None:
 # --------------------------------------------------------------------------------------------------------------- checks
 
 
-def test_offset_must_be_aligned(rig: Rig) -> None:  # events-viommu 9.1-0
+def test_offset_must_be_aligned(rig: Rig) -> None:  # events-9.1-0
     rig.region(2)
     with expect(errno.EINVAL):
         rig.mmap(0x1001)
@@ -106,13 +106,13 @@ def test_offset_must_be_aligned(rig: Rig) -> None:  # events-viommu 9.1-0
         (O_RDONLY, READ | WRITE, False, errno.EINVAL),
     ],
 )
-def test_open_modes(rig: Rig, mode: int, prot: int, shared: bool, number: int) -> None:  # events-viommu 9.1-0 9.1-1
+def test_open_modes(rig: Rig, mode: int, prot: int, shared: bool, number: int) -> None:  # events-9.1-0 events-9.1-1
     rig.context.mode = mode
     with expect(number):
         rig.mmap(0x1000, prot=prot, shared=shared)
 
 
-def test_private_and_executable(rig: Rig) -> None:  # events-viommu 9.1-1 9.1-2; core 1.7-2 1.7-3
+def test_private_and_executable(rig: Rig) -> None:  # events-9.1-1 events-9.1-2; core-1.7-2 core-1.7-3
     with expect(errno.EINVAL):  # before any offset check
         rig.mmap(0x1000, prot=READ | EXEC, shared=False)
     with expect(errno.EPERM):
@@ -123,20 +123,22 @@ def test_private_and_executable(rig: Rig) -> None:  # events-viommu 9.1-1 9.1-2;
     ("offset", "length"),
     [(0, 2 * P), (0x3000, 2 * P), (0x2000, P), (0x2000, 2 * P), (0x1000, P), (0x1000, 3 * P), (2**63, P)],
 )
-def test_only_a_whole_region(rig: Rig, offset: int, length: int) -> None:  # events-viommu 9.1-3 9.1-4; core 1.7-4 1.7-5
+def test_only_a_whole_region(
+    rig: Rig, offset: int, length: int
+) -> None:  # events-9.1-3 events-9.1-4; core-1.7-4 core-1.7-5
     rig.region(2)
     with expect(errno.ENXIO):
         rig.mmap(offset, length)
 
 
-def test_an_owner_that_is_not_there_yet(rig: Rig) -> None:  # events-viommu 9.1-3
+def test_an_owner_that_is_not_there_yet(rig: Rig) -> None:  # events-9.1-3
     owner = rig.context.objects.reserve(Object(rig.context))
     region = rig.context.store.add(owner, P)
     with expect(errno.ENXIO):
         rig.mmap(region.offset, P)
 
 
-def test_the_mapping_is_the_regions_memory(rig: Rig) -> None:  # events-viommu 9.1-5
+def test_the_mapping_is_the_regions_memory(rig: Rig) -> None:  # events-9.1-5
     region = rig.region(2)
     region.write(0, b"device")
     fd, offset = rig.mmap(region.offset)
@@ -150,7 +152,7 @@ def test_the_mapping_is_the_regions_memory(rig: Rig) -> None:  # events-viommu 9
 # ----------------------------------------------------------------------------------------------------------- references
 
 
-def test_every_mapping_holds_owner_and_context(rig: Rig) -> None:  # events-viommu 9.1, core 1.7
+def test_every_mapping_holds_owner_and_context(rig: Rig) -> None:  # events 9.1, core 1.7
     region = rig.region(2)
     references = rig.context.references
     rig.mmap(region.offset)
@@ -164,7 +166,7 @@ def test_every_mapping_holds_owner_and_context(rig: Rig) -> None:  # events-viom
     rig.context.objects.destroy(rig.owner.id)
 
 
-def test_a_mapping_keeps_the_context_open(rig: Rig) -> None:  # events-viommu 9.1
+def test_a_mapping_keeps_the_context_open(rig: Rig) -> None:  # events 9.1
     region = rig.region(2)
     fd, offset = rig.mmap(region.offset)
     rig.context.put()  # the program closes the descriptor

@@ -1,4 +1,4 @@
-"""VDEVICE (events-viommu 7): one per device, one per virtual id, and tombstones."""
+"""VDEVICE (events 7): one per device, one per virtual id, and tombstones."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import time
 import pytest
 
 from iommufd.engine.device import unbind
+from iommufd.engine.failpoints import SLAB
 from iommufd.errors import KernelError
 from iommufd.iommu.driver import Iommu
 from iommufd.uapi import iommufd as u
@@ -29,13 +30,13 @@ def make(rig: Rig, viommu: int, dev: int = 0, virt_id: int = 1) -> int:
     return rig.do(alloc(viommu, dev or rig.dev, virt_id)).out_vdevice_id
 
 
-def test_every_virtual_id_is_possible(rig: Rig) -> None:  # events-viommu 7-1
+def test_every_virtual_id_is_possible(rig: Rig) -> None:  # events-7-1
     viommu = rig.viommu()
     for virt_id in (0, 2**32, 2**64 - 1):
         rig.destroy(make(rig, viommu, virt_id=virt_id))
 
 
-def test_lookups(rig: Rig) -> None:  # events-viommu 7-2 7-3
+def test_lookups(rig: Rig) -> None:  # events-7-2 events-7-3
     viommu = rig.viommu()
     rig.fails(errno.ENOENT, alloc(99, rig.dev))
     rig.fails(errno.ENOENT, alloc(rig.dev, rig.dev))
@@ -43,20 +44,20 @@ def test_lookups(rig: Rig) -> None:  # events-viommu 7-2 7-3
     rig.fails(errno.ENOENT, alloc(viommu, viommu))
 
 
-def test_the_device_is_behind_the_same_iommu(rig: Rig) -> None:  # events-viommu 7-4
+def test_the_device_is_behind_the_same_iommu(rig: Rig) -> None:  # events-7-4
     viommu = rig.viommu()
     rig.fails(errno.EINVAL, alloc(viommu, rig.bind(Iommu("another")).id))
     rig.idev.device.iommu = None
     rig.fails(errno.EINVAL, alloc(viommu, rig.dev))
 
 
-def test_a_device_that_is_being_unbound(rig: Rig) -> None:  # events-viommu 7-5
+def test_a_device_that_is_being_unbound(rig: Rig) -> None:  # events-7-5
     viommu = rig.viommu()
     rig.idev.destroying = True
     rig.fails(errno.ENOENT, alloc(viommu, rig.dev))
 
 
-def test_one_vdevice_per_device_whatever_the_viommu(rig: Rig) -> None:  # events-viommu 7-6
+def test_one_vdevice_per_device_whatever_the_viommu(rig: Rig) -> None:  # events-7-6
     first, second = rig.viommu(), rig.viommu()
     vdev = make(rig, first)
     rig.fails(errno.EEXIST, alloc(first, rig.dev, 2))
@@ -65,7 +66,15 @@ def test_one_vdevice_per_device_whatever_the_viommu(rig: Rig) -> None:  # events
     make(rig, second)
 
 
-def test_one_device_per_virtual_id_of_a_viommu(rig: Rig) -> None:  # events-viommu 7-8
+def test_no_memory_for_the_object(rig: Rig) -> None:  # events-7-7
+    viommu = rig.viommu()
+    rig.world.fail = lambda point, task: point == SLAB
+    rig.fails(errno.ENOMEM, alloc(viommu, rig.dev))
+    rig.world.fail = None
+    make(rig, viommu)
+
+
+def test_one_device_per_virtual_id_of_a_viommu(rig: Rig) -> None:  # events-7-8
     first, second = rig.viommu(), rig.viommu()
     other = rig.bind()
     make(rig, first, virt_id=5)
@@ -73,7 +82,7 @@ def test_one_device_per_virtual_id_of_a_viommu(rig: Rig) -> None:  # events-viom
     make(rig, second, other.id, virt_id=5)  # namespaces are per vIOMMU
 
 
-def test_the_driver_hook(rig: Rig) -> None:  # events-viommu 7-9, devices 10.5
+def test_the_driver_hook(rig: Rig) -> None:  # events-7-9, devices 10.5
     viommu = rig.viommu()
     rig.log.failures["vdevice_init"] = errno.ENOSPC
     rig.fails(errno.ENOSPC, alloc(viommu, rig.dev))
@@ -84,12 +93,12 @@ def test_the_driver_hook(rig: Rig) -> None:  # events-viommu 7-9, devices 10.5
     assert rig.log.calls[-2:] == [("vdevice_init", 7), ("vdevice_destroy", 7)]
 
 
-def test_a_driver_without_hook(rig: Rig) -> None:  # events-viommu 7-9
+def test_a_driver_without_hook(rig: Rig) -> None:  # events-7-9
     rig.driver.ops = PlainOps()
     rig.destroy(make(rig, rig.viommu()))
 
 
-def test_undone_when_the_answer_cannot_be_written(rig: Rig) -> None:  # events-viommu 7-10
+def test_undone_when_the_answer_cannot_be_written(rig: Rig) -> None:  # events-7-10
     viommu = rig.viommu()
     rig.fails_unwritten(alloc(viommu, rig.dev, 9))
     make(rig, viommu, virt_id=9)
@@ -98,20 +107,20 @@ def test_undone_when_the_answer_cannot_be_written(rig: Rig) -> None:  # events-v
 # ----------------------------------------------------------------------------------------------------------- life cycle
 
 
-def test_destroy_frees_virtual_id_and_device(rig: Rig) -> None:  # events-viommu 7 lifecycle 1
+def test_destroy_frees_virtual_id_and_device(rig: Rig) -> None:  # events 7 lifecycle 1
     viommu = rig.viommu()
     before = rig.state()
     vdev = make(rig, viommu)
     device = rig.object(rig.dev)
     assert (device.users, device.wait) == (3, 2)  # the table's, its driver's, the vDEVICE's
-    rig.fails(errno.EBUSY, u.iommu_destroy(id=viommu))  # events-viommu 7 lifecycle 3
-    rig.fails(errno.EBUSY, u.iommu_destroy(id=rig.dev))  # events-viommu 7 lifecycle 4
+    rig.fails(errno.EBUSY, u.iommu_destroy(id=viommu))  # events 7 lifecycle 3
+    rig.fails(errno.EBUSY, u.iommu_destroy(id=rig.dev))  # events 7 lifecycle 4
     rig.destroy(vdev)
     assert rig.state() == before
     assert make(rig, viommu) == vdev  # no tombstone
 
 
-def test_unbind_leaves_a_tombstone(rig: Rig) -> None:  # events-viommu 7 lifecycle 2
+def test_unbind_leaves_a_tombstone(rig: Rig) -> None:  # events 7 lifecycle 2
     viommu, other = rig.viommu(), rig.bind()
     vdev = make(rig, viommu, virt_id=3)
     unbind(rig.idev)
@@ -144,7 +153,7 @@ def test_tombstones_do_not_outlive_the_context(rig: Rig) -> None:  # core 2.2, 2
 # ----------------------------------------------------------------------------------------------------- drivers' helpers
 
 
-def test_helpers_find_only_complete_ones(rig: Rig) -> None:  # events-viommu 7
+def test_helpers_find_only_complete_ones(rig: Rig) -> None:  # events 7
     viommu = rig.viommu_object(rig.viommu())
     device = rig.idev.device
     assert viommu.find_device(4) is None
@@ -170,7 +179,7 @@ def test_helpers_find_only_complete_ones(rig: Rig) -> None:  # events-viommu 7
     assert viommu.find_device(4) is None
 
 
-def test_a_vdevice_elsewhere_does_not_help(rig: Rig) -> None:  # events-viommu 7
+def test_a_vdevice_elsewhere_does_not_help(rig: Rig) -> None:  # events 7
     first, second = rig.viommu(), rig.viommu_object(rig.viommu())
     make(rig, first)
     with expect(errno.ENOENT):

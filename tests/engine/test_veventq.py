@@ -1,4 +1,4 @@
-"""VEVENTQ (events-viommu 8): sequence numbers, lost events, whole events only."""
+"""VEVENTQ (events 8): sequence numbers, lost events, whole events only."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from iommufd.engine.failpoints import SLAB
 from iommufd.engine.file import POLLIN, POLLRDNORM
 from iommufd.engine.veventq import MAX_DEPTH, SEQUENCE_MASK, VeventFile, VeventQueue
 from iommufd.uapi import iommufd as u
@@ -74,21 +75,21 @@ def alloc(viommu: int, depth: int = 2, **fields: int) -> u.iommu_veventq_alloc:
 
 
 @pytest.mark.parametrize("fields", [{"flags": 1}, {"reserved": 1}, {"type": 0}])
-def test_flags_reserved_and_the_default_type(rig: Rig, fields: dict[str, int]) -> None:  # events-viommu 8.1-1
+def test_flags_reserved_and_the_default_type(rig: Rig, fields: dict[str, int]) -> None:  # events-8.1-1
     rig.fails(errno.EOPNOTSUPP, alloc(99, depth=0, **fields))
 
 
 @pytest.mark.parametrize("depth", [0, MAX_DEPTH + 1])
-def test_depth_before_lookup(rig: Rig, depth: int) -> None:  # events-viommu 8.1-2
+def test_depth_before_lookup(rig: Rig, depth: int) -> None:  # events-8.1-2
     rig.fails(errno.EINVAL, alloc(99, depth))
 
 
-def test_lookup(rig: Rig) -> None:  # events-viommu 8.1-3
+def test_lookup(rig: Rig) -> None:  # events-8.1-3
     rig.fails(errno.ENOENT, alloc(99))
     rig.fails(errno.ENOENT, alloc(rig.dev))
 
 
-def test_one_queue_per_type(rig: Rig) -> None:  # events-viommu 8.1-4
+def test_one_queue_per_type(rig: Rig) -> None:  # events-8.1-4
     viommu, other = rig.viommu(), rig.viommu()
     rig.do(alloc(viommu))
     rig.fails(errno.EEXIST, alloc(viommu))
@@ -96,7 +97,7 @@ def test_one_queue_per_type(rig: Rig) -> None:  # events-viommu 8.1-4
     rig.do(alloc(viommu, type=5))  # any type that is not 0
 
 
-def test_no_descriptor_left_frees_the_type(rig: Rig) -> None:  # events-viommu 8.1-5
+def test_no_descriptor_left_frees_the_type(rig: Rig) -> None:  # events-8.1-5
     viommu = rig.viommu()
     rig.task.files_limit = len(rig.task.files)
     rig.fails(errno.EMFILE, alloc(viommu))
@@ -104,14 +105,14 @@ def test_no_descriptor_left_frees_the_type(rig: Rig) -> None:  # events-viommu 8
     rig.do(alloc(viommu))
 
 
-def test_undone_when_the_answer_cannot_be_written(rig: Rig) -> None:  # events-viommu 8.1-6
+def test_undone_when_the_answer_cannot_be_written(rig: Rig) -> None:  # events-8.1-6
     viommu = rig.viommu()
     rig.fails_unwritten(alloc(viommu))
     rig.do(alloc(viommu))
 
 
 @pytest.mark.parametrize("depth", [1, MAX_DEPTH])
-def test_allocation(rig: Rig, depth: int) -> None:  # events-viommu 8.1
+def test_allocation(rig: Rig, depth: int) -> None:  # events 8.1
     queue = Queue(rig, depth)
     assert queue.file.link == "anon_inode:[iommufd-viommu-event]"
     assert queue.file.mode == 2
@@ -124,7 +125,7 @@ def test_allocation(rig: Rig, depth: int) -> None:  # events-viommu 8.1
 # ---------------------------------------------------------------------------------------------------------- 8.2: events
 
 
-def test_without_a_queue_no_sequence_is_consumed(rig: Rig) -> None:  # events-viommu 8.2-1
+def test_without_a_queue_no_sequence_is_consumed(rig: Rig) -> None:  # events-8.2-1
     queue = Queue(rig)
     with expect(errno.EOPNOTSUPP):
         queue.viommu.report_event(EVENT_TYPE + 1, b"data")
@@ -138,13 +139,34 @@ def test_an_event_has_data() -> None:  # devices 10.6
         queue.report(data=b"")
 
 
-def test_a_full_queue_loses_and_says_so_at_the_end(rig: Rig) -> None:  # events-viommu 8.2-3 8.2-5 8.2-6
+def test_no_memory_for_an_event(rig: Rig) -> None:  # events-8.2-2
+    queue = Queue(rig)
+    queue.report()
+    rig.world.fail = lambda point, task: point == SLAB
+    with expect(errno.ENOMEM):
+        queue.report()
+    rig.world.fail = None
+    assert queue.events() == [0, (LOST, 1)]
+
+
+def test_no_memory_for_a_copy_of_the_lost_mark(rig: Rig) -> None:  # events-8.3-3
+    queue = Queue(rig, depth=1)
+    queue.report(2)
+    rig.world.fail = lambda point, task: point == SLAB
+    assert queue.events() == [0]
+    with expect(errno.ENOMEM):
+        queue.read(8)
+    rig.world.fail = None
+    assert queue.events() == [(LOST, 1)]
+
+
+def test_a_full_queue_loses_and_says_so_at_the_end(rig: Rig) -> None:  # events-8.2-3 events-8.2-5 events-8.2-6
     queue = Queue(rig, depth=2)
     queue.report(6)
     assert queue.events() == [0, 1, (LOST, 5)]
 
 
-def test_the_lost_mark_goes_when_an_event_is_stored(rig: Rig) -> None:  # events-viommu 8.2-5
+def test_the_lost_mark_goes_when_an_event_is_stored(rig: Rig) -> None:  # events-8.2-5
     queue = Queue(rig, depth=2)
     queue.report(3)
     assert queue.events(12) == [0]
@@ -152,7 +174,7 @@ def test_the_lost_mark_goes_when_an_event_is_stored(rig: Rig) -> None:  # events
     assert queue.events() == [1, 3]
 
 
-def test_what_was_seen_on_a_kernel(rig: Rig) -> None:  # events-viommu 8.2, the observed sequence
+def test_what_was_seen_on_a_kernel(rig: Rig) -> None:  # events-8.2-4, the observed sequence
     queue = Queue(rig, depth=2)
     queue.report()
     queue.events()
@@ -164,7 +186,7 @@ def test_what_was_seen_on_a_kernel(rig: Rig) -> None:  # events-viommu 8.2, the 
     assert queue.events() == [7, 9]
 
 
-def test_sequence_numbers_wrap_at_31_bits(rig: Rig) -> None:  # events-viommu 8.2-6
+def test_sequence_numbers_wrap_at_31_bits(rig: Rig) -> None:  # events-8.2-6
     queue = Queue(rig)
     queue.object.sequence = SEQUENCE_MASK
     queue.report(2)
@@ -175,23 +197,23 @@ def test_sequence_numbers_wrap_at_31_bits(rig: Rig) -> None:  # events-viommu 8.
 
 
 @pytest.mark.parametrize("count", [0, 7])
-def test_room_for_a_header(rig: Rig, count: int) -> None:  # events-viommu 8.3-1
+def test_room_for_a_header(rig: Rig, count: int) -> None:  # events-8.3-1
     with expect(errno.EINVAL):
         Queue(rig).read(count)
 
 
-def test_an_empty_queue_reads_nothing(rig: Rig) -> None:  # events-viommu 8.3-2
+def test_an_empty_queue_reads_nothing(rig: Rig) -> None:  # events-8.3-2
     assert Queue(rig).read(8) == 0
 
 
-def test_rest_too_small_for_a_header(rig: Rig) -> None:  # events-viommu 8.3-4
+def test_rest_too_small_for_a_header(rig: Rig) -> None:  # events-8.3-4
     queue = Queue(rig)
     queue.report(2)
     assert queue.read(19) == 12
     assert queue.events() == [1]
 
 
-def test_an_event_that_does_not_fit(rig: Rig) -> None:  # events-viommu 8.3-5
+def test_an_event_that_does_not_fit(rig: Rig) -> None:  # events-8.3-5
     queue = Queue(rig)
     queue.report(2)
     with expect(errno.EINVAL):
@@ -200,14 +222,14 @@ def test_an_event_that_does_not_fit(rig: Rig) -> None:  # events-viommu 8.3-5
     assert queue.events() == [1]
 
 
-def test_a_lost_mark_fits_a_header(rig: Rig) -> None:  # events-viommu 8.3
+def test_a_lost_mark_fits_a_header(rig: Rig) -> None:  # events 8.3
     queue = Queue(rig, depth=1)
     queue.report(2)
     assert queue.read(12) == 12
     assert queue.events(8) == [(LOST, 1)]
 
 
-def test_a_bad_buffer_loses_nothing(rig: Rig) -> None:  # events-viommu 8.3-6
+def test_a_bad_buffer_loses_nothing(rig: Rig) -> None:  # events-8.3-6
     queue = Queue(rig, depth=1)
     queue.report(2)
     with expect(errno.EFAULT):
@@ -218,7 +240,7 @@ def test_a_bad_buffer_loses_nothing(rig: Rig) -> None:  # events-viommu 8.3-6
     assert queue.events() == [(LOST, 1)]
 
 
-def test_room_appears_when_an_event_was_read(rig: Rig) -> None:  # events-viommu 8.3-7
+def test_room_appears_when_an_event_was_read(rig: Rig) -> None:  # events-8.3-7
     queue = Queue(rig, depth=1)
     queue.report()
     assert queue.object.num_events == 1
@@ -245,7 +267,7 @@ class Interrupting(FlatTask):
     then = staticmethod(lambda: None)
 
 
-def test_events_that_arrive_during_a_read(rig: Rig) -> None:  # events-viommu 8.3
+def test_events_that_arrive_during_a_read(rig: Rig) -> None:  # events 8.3
     queue = Queue(rig, depth=1)
     task = Interrupting()
     queue.task = task
@@ -269,7 +291,7 @@ def test_events_that_arrive_during_a_read(rig: Rig) -> None:  # events-viommu 8.
 # ---------------------------------------------------------------------------------------------------------- 8.4: others
 
 
-def test_poll(rig: Rig) -> None:  # events-viommu 8.4-1
+def test_poll(rig: Rig) -> None:  # events 8.4 (1)
     queue = Queue(rig, depth=1)
     assert queue.file.poll() == IDLE
     queue.report(2)
@@ -279,7 +301,7 @@ def test_poll(rig: Rig) -> None:  # events-viommu 8.4-1
     assert queue.polls == [READY, READY, READY, IDLE]
 
 
-def test_other_calls(rig: Rig) -> None:  # events-viommu 8.4-2 8.4-3
+def test_other_calls(rig: Rig) -> None:  # events 8.4 (2) events 8.4 (3)
     queue, task = Queue(rig), as_task(rig.task)
     with expect(errno.EINVAL):
         queue.file.write(task, BASE, 8)
@@ -295,7 +317,7 @@ def test_other_calls(rig: Rig) -> None:  # events-viommu 8.4-2 8.4-3
         queue.file.mmap(task, 0, 4096, 3, True)
 
 
-def test_a_closed_queue_goes_on_until_destroyed(rig: Rig) -> None:  # events-viommu 8.4-4
+def test_a_closed_queue_goes_on_until_destroyed(rig: Rig) -> None:  # events 8.4 (4)
     queue = Queue(rig)
     rig.task.close(queue.fd)
     queue.report()

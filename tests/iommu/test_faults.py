@@ -1,4 +1,4 @@
-"""Where a page request goes (events-viommu 3.2, 3.3) and who answers the hardware."""
+"""Where a page request goes (events 3.2, 3.3) and who answers the hardware."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ class Rig:
 # ------------------------------------------------------------------------------------------------ 3.3: which attachment
 
 
-def test_pasid_goes_to_the_attachment_of_that_pasid() -> None:  # events-viommu 3.3-1
+def test_pasid_goes_to_the_attachment_of_that_pasid() -> None:  # events-3.3-1
     rig = Rig()
     rig.attach(0)
     handle = rig.attach(7)
@@ -90,26 +90,26 @@ def test_pasid_goes_to_the_attachment_of_that_pasid() -> None:  # events-viommu 
     assert [g.handle for g in rig.groups] == [handle]
 
 
-def test_pasid_without_attachment_is_dropped_with_a_paging_rid() -> None:  # events-viommu 3.3-2
+def test_pasid_without_attachment_is_dropped_with_a_paging_rid() -> None:  # events-3.3-2
     rig = Rig(user_pasid_table=True)
     rig.attach(0)
     assert rig.dropped(pasid=7)
 
 
-def test_pasid_without_attachment_goes_to_a_nested_rid() -> None:  # events-viommu 3.3-2
+def test_pasid_without_attachment_goes_to_a_nested_rid() -> None:  # events-3.3-2
     rig = Rig(user_pasid_table=True)
     handle = rig.attach(0, kind=Kind.NESTED)
     rig.report(pasid=7)
     assert [g.handle for g in rig.groups] == [handle]
 
 
-def test_nested_rid_takes_foreign_pasids_only_if_the_guest_owns_the_pasid_table() -> None:  # events-viommu 3.3-2
+def test_nested_rid_takes_foreign_pasids_only_if_the_guest_owns_the_pasid_table() -> None:  # events-3.3-2
     rig = Rig(user_pasid_table=False)
     rig.attach(0, kind=Kind.NESTED)
     assert rig.dropped(pasid=7)
 
 
-def test_without_pasid_it_is_the_rid() -> None:  # events-viommu 3.3-3
+def test_without_pasid_it_is_the_rid() -> None:  # events-3.3-3
     rig = Rig()
     rig.attach(7)
     assert rig.dropped()
@@ -118,14 +118,14 @@ def test_without_pasid_it_is_the_rid() -> None:  # events-viommu 3.3-3
     assert [g.handle for g in rig.groups] == [handle]
 
 
-def test_no_second_attempt_when_the_pasid_has_no_queue() -> None:  # events-viommu 3.3-4
+def test_no_second_attempt_when_the_pasid_has_no_queue() -> None:  # events-3.3-4
     rig = Rig(user_pasid_table=True)
     rig.attach(0, kind=Kind.NESTED)
     rig.attach(7, queue=False)
     assert rig.dropped(pasid=7)
 
 
-def test_a_device_that_is_not_registered_is_dropped() -> None:  # events-viommu 3.3-5
+def test_a_device_that_is_not_registered_is_dropped() -> None:  # events-3.3-5
     rig = Rig()
     handle = rig.attach(0)
     rig.source.domain_changes(QUEUE, None, handle.domain)
@@ -143,7 +143,7 @@ def test_a_dropped_request_is_answered_invalid_once_and_only_at_the_end_of_its_g
 # -------------------------------------------------------------------------------------------------- 3.3: partial groups
 
 
-def test_partial_requests_are_invisible() -> None:  # events-viommu 3.3-6
+def test_partial_requests_are_invisible() -> None:  # events-3.3-6
     rig = Rig()
     rig.attach(0)
     rig.report(last=False)
@@ -151,7 +151,7 @@ def test_partial_requests_are_invisible() -> None:  # events-viommu 3.3-6
     assert rig.driver.responses == []
 
 
-def test_a_group_is_its_partials_in_arrival_order_then_the_last() -> None:  # events-viommu 3.3-7
+def test_a_group_is_its_partials_in_arrival_order_then_the_last() -> None:  # events-3.3-7
     rig = Rig()
     rig.attach(0)
     rig.report(grpid=1, addr=0x1000, last=False)
@@ -166,7 +166,7 @@ def test_a_group_is_its_partials_in_arrival_order_then_the_last() -> None:  # ev
     assert [r.addr for r in rig.groups[2].requests] == [0x6000]
 
 
-def test_partials_are_matched_by_group_not_by_pasid() -> None:  # events-viommu 3.3-7
+def test_partials_are_matched_by_group_not_by_pasid() -> None:  # events-3.3-7
     rig = Rig()
     rig.attach(0)
     handle = rig.attach(7)
@@ -204,9 +204,9 @@ def state(source: FaultSource) -> tuple[IopfQueue | None, int]:
     return source.queue, source.attachments
 
 
-def test_registered_while_one_attachment_has_a_queue() -> None:  # events-viommu 3.2-1 3.2-2 3.2-4
+def test_registered_while_one_attachment_has_a_queue() -> None:  # events 3.2 (1) events 3.2 (2) events 3.2 (4)
     source, faulting, plain = FaultSource(), fake_domain(handler=lambda group: None), fake_domain()
-    source.domain_changes(QUEUE, plain, None)  # events-viommu 3.2-3
+    source.domain_changes(QUEUE, plain, None)  # events 3.2 (3)
     assert state(source) == (None, 0)
     source.domain_changes(QUEUE, faulting, plain)
     source.domain_changes(QUEUE, faulting, None)  # a PASID
@@ -217,7 +217,7 @@ def test_registered_while_one_attachment_has_a_queue() -> None:  # events-viommu
     assert state(source) == (None, 0)
 
 
-def test_unregistering_drops_incomplete_groups() -> None:  # events-viommu 3.2-4
+def test_unregistering_drops_incomplete_groups() -> None:  # events 3.2 (4)
     rig = Rig()
     handle = rig.attach(0)
     rig.report(addr=0x1000, last=False)
@@ -227,7 +227,7 @@ def test_unregistering_drops_incomplete_groups() -> None:  # events-viommu 3.2-4
     assert [r.addr for r in rig.groups[0].requests] == [0x2000]
 
 
-def test_replacing_one_faulting_domain_by_another_never_unregisters() -> None:  # events-viommu 3.2
+def test_replacing_one_faulting_domain_by_another_never_unregisters() -> None:  # events 3.2
     rig = Rig()
     old = rig.attach(0)
     rig.report(addr=0x1000, last=False)
@@ -238,7 +238,7 @@ def test_replacing_one_faulting_domain_by_another_never_unregisters() -> None:  
     assert [r.addr for r in rig.groups[0].requests] == [0x1000, 0x2000]
 
 
-def test_enabling_fails_without_a_hardware_queue() -> None:  # events-viommu 3.2-1
+def test_enabling_fails_without_a_hardware_queue() -> None:  # events 3.2 (1)
     source, faulting = FaultSource(), fake_domain(handler=lambda group: None)
     with pytest.raises(KernelError) as caught:
         source.domain_changes(None, faulting, None)
@@ -246,7 +246,7 @@ def test_enabling_fails_without_a_hardware_queue() -> None:  # events-viommu 3.2
     assert source.attachments == 0
 
 
-def test_enabling_fails_when_registered_elsewhere() -> None:  # events-viommu 3.2-1
+def test_enabling_fails_when_registered_elsewhere() -> None:  # events 3.2 (1)
     source, faulting = FaultSource(), fake_domain(handler=lambda group: None)
     source.queue = IopfQueue("another")
     with pytest.raises(KernelError) as caught:

@@ -54,7 +54,7 @@ class refuses:
 # ----------------------------------------------------------------------------------------------------------- one struct
 
 
-def test_one_type_then_length_then_memory() -> None:  # devices 4.7-1
+def test_one_type_then_length_then_memory() -> None:  # devices 4.7 (1)
     with refuses(errno.EINVAL):
         UserData(Memory(b""), TYPE + 1, BASE, 24).copy(TYPE, Data, 8)
     for length in (0, 7, 25):
@@ -64,13 +64,13 @@ def test_one_type_then_length_then_memory() -> None:  # devices 4.7-1
         UserData(Memory(bytes(15)), TYPE, BASE, 16).copy(TYPE, Data, 8)
 
 
-def test_one_missing_tail_is_zero() -> None:  # devices 4.7-1
+def test_one_missing_tail_is_zero() -> None:  # devices 4.7 (1)
     memory = Memory(pack("<IIQQ", 1, 2, 3, 4))
     assert UserData(memory, TYPE, BASE, 8).copy(TYPE, Data, 8) == Data(in_data=1, out_data=2)
     assert UserData(memory, TYPE, BASE, 24).copy(TYPE, Data, 8).out_mmap_length == 4
 
 
-def test_copy_back() -> None:  # devices 4.7-4
+def test_copy_back() -> None:  # devices 4.7 (4)
     value = Data(in_data=1, out_data=2, out_mmap_offset=3, out_mmap_length=4)
     memory = Memory(bytes(24))
     UserData(memory, TYPE, BASE, 16).copy_back(TYPE, value, 8)
@@ -91,7 +91,7 @@ def array(memory: Memory, length: int, count: int, type: int = TYPE) -> UserArra
     return UserArray(memory, type, BASE, length, count)
 
 
-def test_entry() -> None:  # devices 4.7-2
+def test_entry() -> None:  # devices 4.7 (2)
     memory = Memory(pack("<6I", 1, 2, 3, 4, 5, 6))
     entries = array(memory, 12, 2)
     assert entries.entry(1, TYPE, Entry, 12) == Entry(flags=4, vdev_id=5, cache_id=6)
@@ -113,14 +113,14 @@ def test_entry() -> None:  # devices 4.7-2
 # ---------------------------------------------------------------------------------------------------------- whole array
 
 
-def test_all_type_and_emptiness() -> None:  # devices 4.7-3
+def test_all_type_and_emptiness() -> None:  # devices 4.7 (3)
     with refuses(errno.EINVAL):
         array(Memory(bytes(12)), 12, 1, TYPE + 1).all(TYPE, Entry)
     with refuses(errno.EINVAL):
         array(Memory(bytes(12)), 12, 0).all(TYPE, Entry)
 
 
-def test_all_of_the_structs_size() -> None:  # devices 4.7-3
+def test_all_of_the_structs_size() -> None:  # devices 4.7 (3)
     memory = Memory(pack("<6I", 1, 2, 3, 4, 5, 6))
     assert [e.cache_id for e in array(memory, 12, 2).all(TYPE, Entry)] == [3, 6]
     assert memory.reads == 1
@@ -129,7 +129,7 @@ def test_all_of_the_structs_size() -> None:  # devices 4.7-3
 
 
 @pytest.mark.parametrize("chunk", [1, 40, 65536])
-def test_all_shorter_and_longer(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:  # devices 4.7-3
+def test_all_shorter_and_longer(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:  # devices 4.7 (3)
     monkeypatch.setattr(user_data, "CHUNK", chunk)
     words = Memory(pack("<12I", *range(1, 13)))
     assert [(e.flags, e.vdev_id, e.cache_id) for e in array(words, 4, 3).all(TYPE, Entry)] == [

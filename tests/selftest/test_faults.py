@@ -50,12 +50,15 @@ def r() -> Rig:
 # -------------------------------------------------------------------------------------------- 3.1: queue and page table
 
 
-def test_a_nesting_parent_has_no_queue(r: Rig) -> None:  # events-3.1-2
+def test_a_nesting_parent_has_no_queue(r: Rig) -> None:  # events-3.1-2 mock-2.3-paging-3
     r.refuses(errno.EOPNOTSUPP, u.iommu_hwpt_alloc(flags=FAULT | NEST, dev_id=r.dev, pt_id=r.ioas_id, fault_id=99))
 
 
-def test_the_queue_is_looked_up_last(r: Rig) -> None:  # events-3.1-3 events-3.1-4
+def test_the_queue_is_looked_up_last(r: Rig) -> None:  # events-3.1-1 events-3.1-3 events-3.1-4
     before = r.ledger()
+    r.refuses(errno.ENOENT, u.iommu_hwpt_alloc(flags=FAULT | 16, dev_id=99, pt_id=99, fault_id=99))
+    r.refuses(errno.EINVAL, u.iommu_hwpt_alloc(flags=FAULT | 16, dev_id=r.dev, pt_id=99, fault_id=99))
+    r.refuses(errno.EOPNOTSUPP, u.iommu_hwpt_alloc(flags=FAULT | 16, dev_id=r.dev, pt_id=r.ioas_id, fault_id=99))
     given = u.iommu_hwpt_alloc(flags=FAULT, dev_id=r.dev, pt_id=r.ioas_id, fault_id=99, data_type=1, data_len=8)
     r.refuses(errno.EOPNOTSUPP, given)
     for wrong in (99, r.ioas_id):
@@ -99,7 +102,7 @@ def test_attachments_with_a_queue_are_counted(r: Rig) -> None:  # events 3.2
 
 
 @pytest.mark.parametrize("number", [errno.ENODEV, errno.EBUSY])
-def test_enabling_that_fails_leaves_the_old_attachment(r: Rig, number: int) -> None:  # events 3.2
+def test_enabling_that_fails_leaves_the_old_attachment(r: Rig, number: int) -> None:  # events 3.2 mock-2.4-4
     r.replace(r.ioas_id)
     core = r.core()
     assert core.iommu is not None

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from enum import Enum
 from typing import TYPE_CHECKING, TypeVar, cast
 
+from iommufd.engine.failpoints import SLAB
 from iommufd.engine.file import File, Pending
 from iommufd.engine.object import Object
 from iommufd.errors import KernelError
@@ -87,6 +88,9 @@ class Call:
 
     def reserve(self, obj: T) -> T:
         """Starts a creation: the object gets its ID now and is published after the response, or aborted."""
+        if self.world.fail is not None and self.world.fail(SLAB, self.task):
+            obj.abort()
+            raise KernelError(errno.ENOMEM, f"fault injection: no memory for a {obj.kind}")
         self.context.objects.reserve(obj)
         self.new.append(obj)
         return obj

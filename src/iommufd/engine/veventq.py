@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, cast
 
 from iommufd.engine.dispatch import Call, Handler, Respond
 from iommufd.engine.eventq import EventQueue, QueueFile, open_queue, stream_only
+from iommufd.engine.failpoints import SLAB
 from iommufd.engine.file import POLLIN, POLLRDNORM
 from iommufd.engine.viommu import Viommu
 from iommufd.errors import KernelError
@@ -59,11 +60,13 @@ class VeventQueue(EventQueue):
     def ready(self) -> bool:
         return self.lost is not None or bool(self.events)
 
-    def store_locked(self, data: bytes) -> None:
-        """One event (events-viommu 8.2 rows 3-6), under ``World.lock``; call :meth:`wake` afterwards."""
+    def store_locked(self, data: bytes, *, memory: bool) -> None:
+        """One event (events-viommu 8.2 rows 2-6), under ``World.lock``; call :meth:`wake` afterwards.
+
+        Without ``memory`` for it, it is lost."""
         sequence = self.sequence
         self.sequence = (sequence + 1) & SEQUENCE_MASK
-        if self.num_events == self.depth:  # row 3
+        if not memory or self.num_events == self.depth:  # rows 2, 3
             self.lost = sequence
         else:
             self.lost = None  # row 5
@@ -92,6 +95,10 @@ class VeventQueue(EventQueue):
                 else:
                     lost = self.lost
                     if lost is None:  # row 2
+                        break
+                    if self.context.world.failpoint(SLAB, task):  # row 3
+                        if not done:
+                            raise KernelError(errno.ENOMEM, "fault injection: no memory for a copy of the lost mark")
                         break
                     entry = iommufd_vevent_header(flags=IOMMU_VEVENTQ_FLAG_LOST_EVENTS, sequence=lost).pack()
                 if done + len(entry) > count:  # rows 4, 5

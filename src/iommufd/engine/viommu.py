@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, cast
 
 from iommufd.engine.device import Device
 from iommufd.engine.dispatch import Call, Handler, Respond
+from iommufd.engine.failpoints import SLAB
 from iommufd.engine.hwpt import HwptPaging
 from iommufd.engine.object import Object
 from iommufd.errors import KernelError
@@ -83,20 +84,23 @@ class Viommu(Object):
         raise KernelError(errno.ENOENT, f"{device.name} has no vDEVICE on vIOMMU {self.id}")
 
     def report_event(self, type: int, data: bytes) -> None:
-        """Queues an event (events-viommu 8.2). EINVAL without data, EOPNOTSUPP without a queue of that type; an event
-        that
-        finds the queue full is lost, and that is no error."""
+        """Queues an event (events-viommu 8.2). EINVAL without data, EOPNOTSUPP without a queue of that type, ENOMEM.
+
+        An event that finds the queue full is lost, and that is no error."""
         if not data:
             raise KernelError(errno.EINVAL, "an event without data")
         world = self.context.world
+        memory = not world.failpoint(SLAB, None)
         with world.lock:
             veventq = self.veventqs.get(type)
             if veventq is None:  # row 1
                 raise KernelError(errno.EOPNOTSUPP, f"vIOMMU {self.id} has no queue of events of type {type:#x}")
-            veventq.store_locked(data)
+            veventq.store_locked(data, memory=memory)
         if world.instruments:
             world.event("vevent", queue=veventq.id, type=type, data=data)
         veventq.wake()
+        if not memory:  # row 2
+            raise KernelError(errno.ENOMEM, "fault injection: no memory for an event")
 
     def alloc_mmap(self, length: int) -> MmapRegion:
         """``length`` bytes of zeroed memory that a program may map at ``region.offset`` (events-viommu 9.1)."""
