@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import stat
 
 from iommufd.memory.frames import PAGE_SHIFT
 
@@ -30,6 +31,8 @@ def file_kind(fd: int) -> tuple[str, int]:
     if _libc.fstatfs(fd, buffer):
         return "other", 0
     magic, block = (int.from_bytes(buffer.raw[at : at + 8], "little") for at in (0, 8))  # f_type, f_bsize
+    if magic != DMA_BUF_MAGIC and not stat.S_ISREG(os.fstat(fd).st_mode):
+        return "other", 0  # a device node or a folder
     if magic == HUGETLBFS_MAGIC:
         return "hugetlbfs", block.bit_length() - 1 - PAGE_SHIFT
     return {TMPFS_MAGIC: "shmem", RAMFS_MAGIC: "ramfs", DMA_BUF_MAGIC: "dmabuf"}.get(magic, "other"), 0
