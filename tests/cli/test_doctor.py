@@ -37,7 +37,7 @@ def test_under_a_supervisor_it_says_what_is_missing() -> None:
 
 @pytest.mark.parametrize(
     ("text", "release"),
-    [("6.18.44-fc-v657", (6, 18)), ("5.19.0", (5, 19)), ("6.1.0-18-amd64", (6, 1)), ("7.0+", (7, 0)), ("6-rc1", (6, 0))],
+    [("6.18.44-fc-v657", (6, 18)), ("5.19.0", (5, 19)), ("6.1.0-18", (6, 1)), ("7.0+", (7, 0)), ("6-rc1", (6, 0))],
 )
 def test_releases_are_read(text: str, release: tuple[int, int]) -> None:
     assert doctor.kernel_release(text) == release

@@ -64,6 +64,27 @@ def test_advice_that_takes_pages_away(supervised: Supervised) -> None:
     """)
 
 
+def test_guard_regions_cannot_be_pinned(supervised: Supervised) -> None:
+    """core 5.5 row 1; Linux 6.13"""
+    supervised.mock("""
+        s = Setup()
+        va = private(4)
+        fill(va, b"old", 4)
+        if libc.madvise(va + page, page, 102):
+            assert ctypes.get_errno() == errno.EINVAL  # a kernel without guard regions
+            sys.exit()
+        fails(errno.EFAULT, s.map, va, 2)
+        s.map(va + 2 * page, 2)
+        assert s.read(3) == b"old"
+        s.unmap(2)
+        assert libc.madvise(va + page, page, 103) == 0
+        s.map(va, 2)
+        assert s.read(3) == b"old" and s.read(3, WINDOW + page) == bytes(3)
+        assert libc.madvise(va, 2 * page, 102) == 0  # what was pinned stays with the device
+        assert s.read(3) == b"old"
+    """)
+
+
 @pytest.mark.parametrize("how", ["grows and moves", "fixed", "shrinks", "grows in place"])
 def test_mremap_takes_the_frames_along(supervised: Supervised, how: str) -> None:
     supervised.mock("""

@@ -25,7 +25,8 @@ from iommufd.interpose.syscalls import HOST, Arch
 AT_EMPTY_PATH = 0x1000
 MAP_FIXED, MAP_ANONYMOUS = 0x10, 0x20
 SHM_REMAP = 0o40000
-MADV_DONTNEED, MADV_FREE, MADV_REMOVE, MADV_DONTNEED_LOCKED = 4, 8, 9, 24
+MADV_DONTNEED, MADV_FREE, MADV_REMOVE, MADV_DONTNEED_LOCKED, MADV_GUARD_INSTALL = 4, 8, 9, 24, 102
+ADVICE = (MADV_DONTNEED, MADV_FREE, MADV_REMOVE, MADV_DONTNEED_LOCKED, MADV_GUARD_INSTALL)
 F_GETFD, F_SETFD, F_SETFL = 1, 2, 4
 IOCTL_TYPE_MASK, IOCTL_TYPE_IOMMUFD = 0xFFFFFF00, 0x3B00
 
@@ -116,10 +117,8 @@ ADDRESS_SPACE_CALLS: dict[str, Rule] = {
     **dict.fromkeys(("munmap", "mremap", "brk", "shmdt"), ALWAYS),
     "mmap": ((any_bit(3, MAP_FIXED),),),
     "shmat": ((any_bit(2, SHM_REMAP),),),
-    "madvise": tuple(
-        (equal(2, advice),) for advice in (MADV_DONTNEED, MADV_FREE, MADV_REMOVE, MADV_DONTNEED_LOCKED)
-    ),
-    "process_madvise": tuple((equal(3, advice),) for advice in (MADV_DONTNEED, MADV_DONTNEED_LOCKED)),
+    "madvise": tuple((equal(2, advice),) for advice in ADVICE),
+    "process_madvise": tuple((equal(3, advice),) for advice in ADVICE),
 }
 
 

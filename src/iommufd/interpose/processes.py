@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 AT_RANDOM = 25
 MAX_STRANGERS = 4096
+GUARD_PIECE = 1 << 20
 _AUXV = struct.Struct("=QQ")
 
 
@@ -41,8 +42,10 @@ class ThreadGroup:
     """A process of the tree that has touched the machine.
 
     ``files`` maps descriptor numbers to carriers; None there means "look it up each time". ``reserved`` are numbers
-    promised to a call in flight, with their close-on-exec flag. ``exec_marks`` are the random bytes seen when thread
-    ``exec_by`` announced an exec. ``listings`` are the directories being listed, by descriptor."""
+    promised to a call in flight, with their close-on-exec flag. ``listings`` are the directories being listed, by
+    descriptor. ``exec_marks`` are the random bytes seen when thread ``exec_by`` announced an exec. ``guards`` is where
+    guard regions have been installed, whether or not they are there still.
+    """
 
     __slots__ = (
         "_processes",
@@ -50,6 +53,7 @@ class ThreadGroup:
         "exec_marks",
         "exiting",
         "files",
+        "guards",
         "listings",
         "pidfd",
         "private_files",
@@ -68,6 +72,7 @@ class ThreadGroup:
         self.reserved: dict[int, bool] = {}
         self.private_files = False
         self.listings: dict[int, Listing] = {}
+        self.guards: list[tuple[int, int]] = []
         self.exec_marks: bytes | None = None
         self.exec_by = 0
         self.exiting = False
@@ -79,6 +84,18 @@ class ThreadGroup:
             self.pidfd = pidfd_open(tgid)
         except OSError:
             self.pidfd = -1  # closed by whoever watches it
+
+    def has_guards(self, start: int, end: int) -> bool:
+        """Whether a guard region lies in ``[start, end)``: some was installed there, and the memory cannot be read."""
+        space = self.space
+        for first, last in self.guards:
+            low, high = max(first, start), min(last, end)
+            while low < high and space is not None:
+                got = len(space.host.peek(low, min(high - low, GUARD_PIECE)))
+                if not got:
+                    return True
+                low += got
+        return False
 
     def need_space(self) -> AddressSpace:
         """The AddressSpace of the group's mm, made when first asked for."""
@@ -184,6 +201,9 @@ class Processes:
             group = None
         if group is None:
             group = self.groups[tgid] = ThreadGroup(tgid, group_start, self)
+            parent = self.groups.get(status_field(tgid, b"PPid"))
+            if parent is not None:
+                group.guards = list(parent.guards)
             self.on_new_group(group)
         assert self.descriptors is not None
         thread = Thread(tid, start_time(tid), group, self.descriptors)
@@ -240,6 +260,7 @@ class Processes:
                     group.space = space
                     return space
             made = group.space = self._new_space(group.tgid, self.physical)
+            made.guard_check = group.has_guards
             return made
 
     def process_of(self, group: ThreadGroup, uid: int) -> Process:
@@ -281,6 +302,7 @@ class Processes:
                 thread.age = -1
             return
         group.exec_marks = None
+        group.guards.clear()
         self._leave_space(group)
         for other in list(group.threads.values()):
             if other is not thread:
@@ -335,11 +357,16 @@ def _read(path: str) -> bytes:
         return file.read()
 
 
+def status_field(tid: int, name: bytes) -> int:
+    """A number in /proc/TID/status. OSError when the thread is gone."""
+    status = _read(f"/proc/{tid}/status")
+    at = status.index(b"\n" + name + b":") + len(name) + 2
+    return int(status[at : status.index(b"\n", at)])
+
+
 def tgid_of(tid: int) -> int:
     """The thread group of a thread. OSError when it is gone."""
-    status = _read(f"/proc/{tid}/status")
-    at = status.index(b"\nTgid:") + 6
-    return int(status[at : status.index(b"\n", at)])
+    return status_field(tid, b"Tgid")
 
 
 def start_time(pid: int) -> int:

@@ -21,7 +21,14 @@ from typing import TYPE_CHECKING
 from iommufd.errors import KernelError
 from iommufd.interpose.caller import CallerMemory
 from iommufd.interpose.children import descendants
-from iommufd.interpose.filter import MADV_DONTNEED, MADV_DONTNEED_LOCKED, MADV_FREE, MADV_REMOVE, MAP_FIXED
+from iommufd.interpose.filter import (
+    MADV_DONTNEED,
+    MADV_DONTNEED_LOCKED,
+    MADV_FREE,
+    MADV_GUARD_INSTALL,
+    MADV_REMOVE,
+    MAP_FIXED,
+)
 from iommufd.interpose.paths import AT_FDCWD
 from iommufd.interpose.trap import ANSWERED, PROCEED, Trap, fd_of
 
@@ -143,30 +150,43 @@ class Unmaps:
 
     def madvise(self, trap: Trap) -> int | Proceed:
         start, length, advice = trap.args[0], trap.args[1], trap.args[2] & 0xFFFFFFFF
+        if advice == MADV_GUARD_INSTALL:
+            self._guard(trap, start, page_up(start + length))
         thread = self._thread(trap)
         if thread is None or start % PAGE:
             return PROCEED
         return self._advise(thread, start, page_up(start + length), advice)
 
     def _advise(self, thread: Thread, start: int, end: int, advice: int) -> int | Proceed:
-        if advice in (MADV_DONTNEED, MADV_DONTNEED_LOCKED, MADV_REMOVE):
+        if advice in (MADV_DONTNEED, MADV_DONTNEED_LOCKED, MADV_REMOVE, MADV_GUARD_INSTALL):
             self._unmap(thread, start, end)
         elif advice == MADV_FREE and thread.group.space is not None and thread.group.space.has_pins(start, end):
             return 0  # a pinned page is never freed; the host's copy of it must not be either
         return PROCEED
 
     def process_madvise(self, trap: Trap) -> Proceed:
+        """Of itself; the kernel lets nobody take another's pages away."""
+        advice = trap.args[3] & 0xFFFFFFFF
         thread = self._thread(trap)
-        if thread is not None:
-            try:
-                raw = thread.task.read(trap.args[1], 16 * min(trap.args[2], 1024))
-            except KernelError:
-                return PROCEED
-            for at in range(0, len(raw), 16):
-                start, length = (int.from_bytes(raw[at + i : at + i + 8], "little") for i in (0, 8))
-                if not start % PAGE:
-                    self._advise(thread, start, page_up(start + length), trap.args[3] & 0xFFFFFFFF)
+        if thread is None and advice != MADV_GUARD_INSTALL:
+            return PROCEED
+        raw = CallerMemory(trap.tid).read_upto(trap.args[1], 16 * min(trap.args[2], 1024))
+        for at in range(0, len(raw) - 15, 16):
+            start, length = (int.from_bytes(raw[at + i : at + i + 8], "little") for i in (0, 8))
+            if start % PAGE:
+                continue
+            if advice == MADV_GUARD_INSTALL:
+                self._guard(trap, start, page_up(start + length))
+            if thread is not None:
+                self._advise(thread, start, page_up(start + length), advice)
         return PROCEED
+
+    def _guard(self, trap: Trap, start: int, end: int) -> None:
+        """Guard regions cannot be pinned (core 5.5); where there may be some is remembered, for who looks closer."""
+        with contextlib.suppress(OSError):
+            guards = self._processes.thread(trap.tid).group.guards
+            if start < end and (start, end) not in guards:
+                guards.append((start, end))
 
     # ---- mremap
 
