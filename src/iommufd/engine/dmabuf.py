@@ -11,9 +11,10 @@ object's attachment to it (kernel: dma_buf_attachment and iopt_pages_dmabuf). In
 from __future__ import annotations
 
 import errno
+import os
 from typing import TYPE_CHECKING
 
-from iommufd.engine.file import File
+from iommufd.engine.file import POLLIN, POLLOUT, File
 from iommufd.engine.pages import Pages
 from iommufd.engine.source import Source
 from iommufd.errors import KernelError
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from iommufd.engine.area import Area
     from iommufd.engine.pages import Owner
     from iommufd.engine.ranges import Range
+    from iommufd.engine.task import Task
     from iommufd.engine.world import World
     from iommufd.iommu.domain import PagingDomain
     from iommufd.memory.frames import Extents
@@ -42,6 +44,19 @@ class DmaBufFile(File):
         self.world = world
         self.size = size
         self._importers: set[DmaBufSource] = set()
+
+    def lseek(self, task: Task, offset: int = 0, whence: int = 0) -> int:
+        """Only what finds out the size (Documentation/driver-api/dma-buf.rst): offset 0 from the start or the end."""
+        if offset or whence not in (os.SEEK_SET, os.SEEK_END):
+            raise KernelError(errno.EINVAL, f"a dma-buf cannot be positioned at {offset} (whence {whence})")
+        return self.size if whence == os.SEEK_END else 0
+
+    def poll(self) -> int:
+        """No fence is ever pending."""
+        return POLLIN | POLLOUT
+
+    def mmap(self, task: Task, offset: int, length: int, prot: int, shared: bool) -> tuple[int, int]:
+        raise KernelError(errno.EINVAL, "the exporter of this dma-buf does not let it be mapped")
 
     def attach(self) -> None:
         """A device wants in; KernelError when the exporter refuses (VFIO PCI: ENODEV while revoked)."""

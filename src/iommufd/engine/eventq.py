@@ -68,7 +68,7 @@ class QueueFile(File):
             if changed is not None:
                 changed(self.poll())
 
-    def lseek(self, task: Task) -> int:
+    def lseek(self, task: Task, offset: int = 0, whence: int = 0) -> int:
         raise KernelError(errno.ESPIPE, "an event queue has no position")
 
     def release(self) -> None:

@@ -85,6 +85,7 @@ class File:
     mappable: ClassVar[bool] = False
     memory_fd: int = -1
     mode: int = 2  # open access mode: 0 O_RDONLY, 1 O_WRONLY, 2 O_RDWR
+    size: int = 0  # bytes, as fstat shows them
 
     def __init__(self) -> None:
         self.references = 1
@@ -116,7 +117,8 @@ class File:
         """write (``pos`` None) or pwrite from the caller's memory at ``addr``; returns bytes."""
         raise KernelError(errno.EINVAL, "this file cannot be written")
 
-    def lseek(self, task: Task) -> int:
+    def lseek(self, task: Task, offset: int = 0, whence: int = 0) -> int:
+        """The new position. ``offset`` is signed; ``whence`` 0 SEEK_SET, 1 SEEK_CUR, 2 SEEK_END."""
         raise KernelError(errno.ESPIPE, "this file has no position")
 
     def poll(self) -> int:

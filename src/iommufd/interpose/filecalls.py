@@ -182,7 +182,7 @@ class FileCalls:
         if found is not None:
             if found[0].flags & os.O_PATH:
                 raise _bad(trap, "was opened with O_PATH")
-            return found[0].file.lseek(found[1])
+            return found[0].file.lseek(found[1], signed64(trap.args[1]), trap.args[2] & 0xFFFFFFFF)
         listing = self._listing(trap, fd)
         return PROCEED if listing is None else listing.seek(signed64(trap.args[1]), trap.args[2] & 0xFFFFFFFF)
 

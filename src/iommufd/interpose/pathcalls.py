@@ -296,7 +296,7 @@ class PathCalls:
     def _carrier_status(self, carrier: Carrier) -> Status:
         node = self._machine.node(carrier.path) if carrier.path else None
         if node is None:
-            return status.of_anonymous(self._carriers.inotify)
+            return status.of_anonymous(self._carriers.inotify, carrier.file.size)
         return status.of_node(node.path, node.mode, node.rdev, len(node.text))
 
     # ---- access

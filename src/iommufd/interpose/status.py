@@ -59,10 +59,10 @@ def of_node(path: str, mode: int, rdev: tuple[int, int], size: int = 0) -> Statu
     )
 
 
-def of_anonymous(inode_holder: int) -> Status:
+def of_anonymous(inode_holder: int, size: int = 0) -> Status:
     """A file without a path: ``inode_holder`` is any descriptor of ours on the anonymous inode, say an inotify."""
     real = os.fstat(inode_holder)
-    return Status(real.st_mode, real.st_dev, real.st_ino, seconds=_START)
+    return Status(real.st_mode, real.st_dev, real.st_ino, size=size, seconds=_START)
 
 
 def pack_stat(s: Status, arch: str = HOST.name) -> bytes:

@@ -1,7 +1,7 @@
 """The test exporter of dma-bufs (kernel: struct iommufd_test_dma_buf), mock-device 8.
 
-Its memory is one physically contiguous, zeroed range of frames over a file in memory, so that a program which maps the
-descriptor and a device that reads through an IOAS see the same bytes.
+Its memory is one physically contiguous, zeroed range of frames. A program cannot map the descriptor (EINVAL on 7.3.4);
+only devices reach the bytes, through an IOAS.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from iommufd.memory.frames import PAGE_SHIFT, PAGE_SIZE, Extent
 
 if TYPE_CHECKING:
     from iommufd.engine.dispatch import Call
-    from iommufd.engine.task import Task
     from iommufd.engine.world import World
     from iommufd.memory.frames import Extents
     from iommufd.uapi import iommufd_test as t
@@ -27,59 +26,14 @@ RETURNS_0 = "dmabuf-get-returns-0"
 """Defect of 7.3: the new descriptor's number is not reported anywhere."""
 
 
-class Backing:
-    """The bytes (a Source of :mod:`iommufd.memory.frames`): the projector's file for the descriptor, or one of our
-    own."""
-
-    __slots__ = ("_fd", "_size")
-
-    def __init__(self, size: int) -> None:
-        self._fd = -1
-        self._size = size
-
-    def fd(self, given: int = -1) -> int:
-        """The file; chosen, and given its size, by the first use."""
-        if self._fd < 0:
-            try:
-                own = os.memfd_create("iommufd-dmabuf", os.MFD_CLOEXEC) if given < 0 else os.dup(given)
-                os.ftruncate(own, self._size)
-            except OSError as error:
-                raise KernelError(errno.ENOMEM, f"no memory for a dma-buf: {error.strerror}") from error
-            self._fd = own
-        return self._fd
-
-    def load(self, position: int, count: int) -> bytes:
-        return os.pread(self.fd(), count, position)
-
-    def save(self, position: int, data: bytes | bytearray | memoryview) -> None:
-        os.pwrite(self.fd(), data, position)
-
-    def view(self, position: int, count: int) -> memoryview | None:
-        return None
-
-    def forget(self, position: int, count: int) -> None:
-        """The buffer is given back as a whole."""
-
-    def close(self) -> None:
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
-
-
 class MockDmaBuf(DmaBufFile):
     """One dma-buf of ``size`` bytes, whole pages."""
-
-    mappable = True
 
     def __init__(self, world: World, size: int, mode: int) -> None:
         super().__init__(world, size)
         self.mode = mode
         self.revoked = False
-        pages = size >> PAGE_SHIFT
-        self._backing = Backing(size)
-        self._chunk = world.physical.frames.contiguous(self, pages)
-        self._chunk.place(0, pages, self._backing)
-        self._chunk.hold()
+        self._chunk = world.physical.buffer("test dma-buf", size >> PAGE_SHIFT)
 
     def phys(self) -> Extents:
         """ENODEV while revoked."""
@@ -92,17 +46,8 @@ class MockDmaBuf(DmaBufFile):
         self.revoked = revoked
         self.invalidate()
 
-    def mmap(self, task: Task, offset: int, length: int, prot: int, shared: bool) -> tuple[int, int]:
-        """EINVAL for a range outside the buffer."""
-        if offset + length > self.size:
-            raise KernelError(errno.EINVAL, f"[{offset:#x}, +{length:#x}) is outside a dma-buf of {self.size:#x} bytes")
-        fd = self._backing.fd(self.memory_fd)
-        self.get()
-        return fd, offset
-
     def release(self) -> None:
         self._chunk.drop()
-        self._backing.close()
 
 
 def dmabuf_get(call: Call, cmd: t.test_dmabuf_get) -> int:
