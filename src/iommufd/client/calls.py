@@ -6,11 +6,14 @@ from typing import TYPE_CHECKING, Any
 
 from iommufd.errors import errno_name
 from iommufd.uapi.commands import BY_NAME, BY_NUMBER, COMMANDS
+from iommufd.uapi.declare import show_value
 
 if TYPE_CHECKING:
     from iommufd.uapi.declare import Struct
 
 TEST_CMD = BY_NAME["IOMMU_TEST_CMD"].number
+
+HIDDEN = ("size", "reserved", "reserved2", "last")  # of a struct shown to people
 
 NUMBERS: dict[type[Struct], int] = {command.struct: command.number for command in COMMANDS}
 
@@ -41,18 +44,26 @@ def filled(struct: Struct) -> int:
 
 
 def show(cmd: int, data: bytes | bytearray) -> str:
-    """An iommufd call as a person reads it: the struct with its fields, or the number when it is not known."""
+    """An iommufd call as a person reads it: the command with its fields, or the number when it is not known."""
     command = BY_NUMBER.get(cmd)
     if command is None:
         return f"ioctl {cmd:#x}"
-    struct = command.struct
+    kind, name = command.struct, command.name
     if cmd == TEST_CMD:
-        from iommufd.uapi.iommufd_test import ARMS
+        from iommufd.uapi.iommufd_test import ARMS, iommu_test_op
 
-        struct = ARMS.get(int.from_bytes(data[4:8], "little"), struct)
-    return f"{command.name} {struct.unpack(data)!r}"
+        op = int.from_bytes(data[4:8], "little")
+        if op in ARMS:
+            kind, name = ARMS[op], f"{name} {iommu_test_op(op).name}"
+    struct = kind.unpack(data)
+    shown = [
+        f"{field.name}={show_value(field, getattr(struct, field.name))}"
+        for field in kind.FIELDS
+        if field.union is None and field.name not in HIDDEN and not (field.name == "op" and cmd == TEST_CMD)
+    ]
+    return f"{name}({', '.join(shown)})"
 
 
 def refused(number: int, request: str) -> str:
     """The sentence where nobody gives a reason: a kernel tells an errno and nothing else."""
-    return f"{errno_name(number)} from {request}"
+    return f"the kernel answered {errno_name(number)} to {request}"

@@ -19,7 +19,8 @@ CAP_IPC_LOCK, CAP_SYS_RAWIO, CAP_SYS_RESOURCE = 14, 17, 24
 class Task(Protocol):
     """The calling thread. All addresses are the caller's virtual addresses, 0 <= addr < 2**64."""
 
-    tid: int
+    @property
+    def tid(self) -> int: ...
 
     @property
     def space(self) -> AddressSpace: ...

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from iommufd.client.buffers import Scratch
+from iommufd.client.calls import refused
 from iommufd.client.device import Device
 from iommufd.client.errors import IommufdError
 from iommufd.client.handle import Handle
@@ -106,8 +107,8 @@ def _ask(handle: Handle, cmd: int, question: S, size: int | None = None) -> S:
         handle.ioctl(cmd, data)
     except IommufdError as error:
         error.request = repr(question)
-        if " from ioctl " in error.why:  # a kernel's: nobody said why
-            raise IommufdError(error.errno or 0, f"{error.name} from {question!r}", error.request) from None
+        if error.why == refused(error.errno or 0, f"ioctl {cmd:#x}"):  # nobody said why
+            raise IommufdError(error.errno or 0, refused(error.errno or 0, error.request), error.request) from None
         raise
     return type(question).unpack(data)
 

@@ -22,7 +22,7 @@ import weakref
 from typing import TYPE_CHECKING
 
 from iommufd.client.backends.software.descriptors import Descriptors
-from iommufd.client.backends.software.own_task import STRUCT, OwnProcess, OwnTask
+from iommufd.client.backends.software.own_task import STRUCT, OwnProcess, OwnTask, task_class
 from iommufd.client.errors import IommufdError
 from iommufd.engine.file import File, Pending
 from iommufd.errors import KernelError
@@ -43,6 +43,7 @@ class SoftwareBackend:
         self.owner = OwnProcess(machine.world.physical)
         self.descriptors = Descriptors()
         self._files = self.descriptors.files
+        self._task = task_class(self.owner, self.descriptors)
         _alive.add(self)
 
     def __repr__(self) -> str:
@@ -50,7 +51,7 @@ class SoftwareBackend:
 
     def task(self, buffer: bytearray | None = None) -> OwnTask:
         """The calling thread, for one call on the engine."""
-        return OwnTask(self.owner, self.descriptors, buffer)
+        return self._task(buffer)
 
     def open(self, path: str, flags: int) -> int:
         self.owner.check()
@@ -75,7 +76,7 @@ class SoftwareBackend:
             if isinstance(arg, int):
                 result = file.ioctl(self.task(), cmd, arg & 0xFFFF_FFFF_FFFF_FFFF)
             else:
-                result = file.ioctl(OwnTask(self.owner, self.descriptors, arg), cmd, STRUCT)
+                result = file.ioctl(self._task(arg), cmd, STRUCT)
         except KernelError as error:
             raise _os_error(error) from None
         return result if isinstance(result, int) else _wait(result)

@@ -31,9 +31,6 @@ if TYPE_CHECKING:
 STRUCT = 0xFFFF_8000_0000_0000  # where the buffer of an ioctl appears: never a user address
 INITIAL_USER_NAMESPACE = 0xEFFFFFFD  # inode of /proc/PID/ns/user in the initial one
 
-_libc = ctypes.CDLL(None, use_errno=True)
-
-
 class _CapHeader(ctypes.Structure):
     _fields_ = (("version", ctypes.c_uint32), ("pid", ctypes.c_int))
 
@@ -60,38 +57,47 @@ class OwnProcess:
             )
 
 
-class _Capabilities(threading.local):
-    """The buffers of capget(2), one set a thread (a thread's capabilities are its own)."""
+class _CapGet:
+    """capget(2) of the calling thread with its buffers, for one call at a time."""
+
+    __slots__ = ("arguments", "data", "header")
 
     def __init__(self) -> None:
         self.header = _CapHeader(0x20080522, 0)
         self.data = (ctypes.c_uint32 * 6)()
-
-    def effective(self) -> int:
-        _libc.capget(ctypes.byref(self.header), self.data)
-        return int(self.data[0]) | int(self.data[3]) << 32
+        self.arguments = ctypes.byref(self.header), ctypes.byref(self.data)
 
 
-_capabilities = _Capabilities()
+_capget = ctypes.PyDLL(None).capget  # so short a call is not worth giving up the GIL
+_unused = [_CapGet()]
 
 
 class OwnTask:
-    """The calling thread for one call; ``buffer`` is the ioctl's struct, or None. See engine.task.Task."""
+    """The calling thread for one call; ``buffer`` is the ioctl's struct, or None. See engine.task.Task.
 
-    __slots__ = ("_descriptors", "_owner", "buffer", "process", "space", "tid")
+    What all calls of a backend share belongs to a class of its own, made by :func:`task_class`, so that a call costs one
+    small object."""
 
-    def __init__(self, owner: OwnProcess, descriptors: Descriptors, buffer: bytearray | None) -> None:
-        self._owner = owner
-        self._descriptors = descriptors
+    __slots__ = ("buffer",)
+
+    space: AddressSpace
+    process: Process
+    _owner: OwnProcess
+    _descriptors: Descriptors
+
+    def __init__(self, buffer: bytearray | None) -> None:
         self.buffer = buffer
-        self.space = owner.space
-        self.process = owner.process
-        self.tid = threading.get_native_id()
+
+    @property
+    def tid(self) -> int:
+        return threading.get_native_id()
 
     # --- memory
 
     def read_upto(self, addr: int, count: int) -> bytes:
         if addr >= STRUCT and self.buffer is not None:
+            if addr == STRUCT and count >= len(self.buffer):
+                return bytes(self.buffer)
             return bytes(self.buffer[addr - STRUCT : addr - STRUCT + count])
         return self._owner.host.read(addr, count) if count > 0 else b""
 
@@ -107,10 +113,12 @@ class OwnTask:
     def write_upto(self, addr: int, data: bytes | bytearray | memoryview) -> int:
         if addr >= STRUCT and self.buffer is not None:
             offset = addr - STRUCT
-            room = max(len(self.buffer) - offset, 0)
-            part = data if len(data) <= room else data[:room]
-            self.buffer[offset : offset + len(part)] = part
-            return len(part)
+            count, room = len(data), len(self.buffer) - offset
+            if count > room:
+                count = max(room, 0)
+                data = data[:count]
+            self.buffer[offset : offset + count] = data
+            return count
         return self._owner.host.write(addr, data) if len(data) else 0
 
     def write(self, addr: int, data: bytes | bytearray | memoryview) -> None:
@@ -124,7 +132,16 @@ class OwnTask:
         """capget(2) of the calling thread, if the process lives in the initial user namespace."""
         if self._owner.pretended is not None:
             return bool(self._owner.pretended >> capability & 1)
-        return self._owner.initial_namespace and bool(_capabilities.effective() >> capability & 1)
+        if not self._owner.initial_namespace:
+            return False
+        try:
+            mine = _unused.pop()
+        except IndexError:  # another thread is between these lines
+            mine = _CapGet()
+        _capget(*mine.arguments)
+        found = mine.data[3 if capability >> 5 else 0] >> (capability & 31) & 1
+        _unused.append(mine)
+        return found != 0
 
     # --- descriptors
 
@@ -149,3 +166,15 @@ class OwnTask:
 
     def release_fd(self, fd: int) -> None:
         self._descriptors.unreserve(fd)
+
+
+def task_class(owner: OwnProcess, descriptors: Descriptors) -> type[OwnTask]:
+    """The tasks of one backend: called with a buffer, the calling thread for one call."""
+    shared = {
+        "__slots__": (),
+        "space": owner.space,
+        "process": owner.process,
+        "_owner": owner,
+        "_descriptors": descriptors,
+    }
+    return type("OwnTask", (OwnTask,), shared)
