@@ -36,6 +36,11 @@ def test_extract(values: list[bool], data: st.DataObject) -> None:
     assert unpack(found, len(found) * 8) == values[first : first + count] + [False] * (len(found) * 8 - count)
 
 
+@given(flags)
+def test_any_set(values: list[bool]) -> None:
+    assert b.any_set(b.of(pack(values))) == any(values)
+
+
 @given(flags, flags, st.data())
 def test_or_into(target: list[bool], source: list[bool], data: st.DataObject) -> None:
     target += [False] * len(source)

@@ -144,7 +144,7 @@ class IovaBitmap:
         self._advance(byte, add)
         for at in range(0, len(add), _PIECE):
             piece = add[at : at + _PIECE]
-            if piece.any() and not self._merge_bulk(self.data + byte + at, piece):
+            if packed.any_set(piece) and not self._merge_bulk(self.data + byte + at, piece):
                 if whole:
                     return False
                 self._merge_pages(self.data + byte + at, piece)
