@@ -10,6 +10,7 @@ Invariants:
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import os
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from iommufd.memory.space import AddressSpace
 
 KEPT = 512  # bytes of the kept transfer buffer
+KEPT_MEMORIES = 1024
 PIECE = 1 << 26  # bytes of one transfer of a large copy
 INITIAL_USER_NAMESPACE = 0xEFFFFFFD  # inode of /proc/PID/ns/user (kernel: PROC_USER_INIT_INO)
 
@@ -132,6 +134,19 @@ class CallerMemory:
         raise KernelError(errno.ENAMETOOLONG, f"the path at {addr:#x} is longer than {limit} bytes")
 
 
+_memories: dict[int, CallerMemory] = {}
+
+
+def memory_of(tid: int) -> CallerMemory:
+    """The memory of a thread, recorded or not; kept, for it is no more than the number and buffers."""
+    memory = _memories.get(tid)
+    if memory is None:
+        if len(_memories) >= KEPT_MEMORIES:
+            _memories.clear()
+        memory = _memories[tid] = CallerMemory(tid)
+    return memory
+
+
 def _address_of(data: bytes) -> int:
     return ctypes.cast(ctypes.c_char_p(data), ctypes.c_void_p).value or 0
 
@@ -143,11 +158,13 @@ def say_unreadable(tid: int) -> None:
     """Says once per process why everything it does fails: its memory is closed to us."""
     if tid not in _said:
         _said.add(tid)
-        print(
-            f"iommufd: the memory of process {tid} is not readable (a non-dumpable or unreadable binary needs a "
-            "supervisor run by root); its calls fail with EFAULT",
-            file=sys.stderr,
-        )
+        with contextlib.suppress(OSError, ValueError):  # standard error may be closed
+            print(
+                f"iommufd: the memory of process {tid} is not readable (a non-dumpable or unreadable binary needs a "
+                "supervisor run by root); its calls fail with EFAULT",
+                file=sys.stderr,
+                flush=True,
+            )
 
 
 class RemoteTask:
@@ -158,7 +175,7 @@ class RemoteTask:
     def __init__(self, thread: Thread, descriptors: Descriptors) -> None:
         self.thread = thread
         self.tid = thread.tid
-        self.memory = CallerMemory(thread.tid)
+        self.memory = memory_of(thread.tid)
         self.notification = 0
         self._descriptors = descriptors
 

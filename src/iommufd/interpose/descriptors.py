@@ -14,6 +14,7 @@ import resource
 from typing import TYPE_CHECKING
 
 from iommufd.errors import KernelError
+from iommufd.interpose.caller import say_unreadable
 from iommufd.interpose.notify import Gone, Listener
 
 if TYPE_CHECKING:
@@ -52,6 +53,9 @@ class Descriptors:
             return None
         try:
             status = os.stat(f"/proc/{tid}/fd/{fd}")
+        except PermissionError:
+            say_unreadable(tid)
+            return None
         except OSError:
             return None
         return by_key.get((status.st_dev, status.st_ino))

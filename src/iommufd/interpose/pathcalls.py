@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from iommufd.engine.file import File
 from iommufd.errors import KernelError
 from iommufd.interpose import status
-from iommufd.interpose.caller import CallerMemory
+from iommufd.interpose.caller import memory_of
 from iommufd.interpose.paths import AT_FDCWD, Place, Resolver
 from iommufd.interpose.status import Status
 from iommufd.interpose.trap import ANSWERED, PROCEED, Trap, fd_of, signed32
@@ -76,10 +76,8 @@ class PathCalls:
 
     def _place(self, trap: Trap, dirfd: int, addr: int, follow: bool, *, listing: bool = False) -> Place | None:
         """Where the path at ``addr`` leads, None to proceed."""
-        known = self._processes.threads.get(trap.tid)
-        memory = known.task.memory if known is not None else CallerMemory(trap.tid)
         try:
-            path = memory.read_string(addr)
+            path = memory_of(trap.tid).read_string(addr)
         except KernelError:
             return None
         dirfd = fd_of(dirfd)
@@ -106,7 +104,7 @@ class PathCalls:
         return self._open(trap, trap.args[0], trap.args[1], trap.args[2], 0)
 
     def openat2(self, trap: Trap) -> int | Proceed | Answered:
-        how = CallerMemory(trap.tid).read_upto(trap.args[2], OPEN_HOW_SIZE)
+        how = memory_of(trap.tid).read_upto(trap.args[2], OPEN_HOW_SIZE)
         if trap.args[3] < OPEN_HOW_SIZE or len(how) < OPEN_HOW_SIZE:
             return PROCEED
         flags, mode, resolve = (int.from_bytes(how[at : at + 8], "little") for at in (0, 8, 16))
@@ -265,7 +263,7 @@ class PathCalls:
         return self._write_status(trap, buffer, pack(found))
 
     def _path_is_empty(self, trap: Trap, addr: int) -> bool:
-        return addr == 0 or CallerMemory(trap.tid).read_upto(addr, 1) == b"\0"
+        return addr == 0 or memory_of(trap.tid).read_upto(addr, 1) == b"\0"
 
     def _stat_fd(self, trap: Trap, fd: int, buffer: int, pack: _Packer) -> int | Proceed:
         carrier = self._descriptors.at(trap.tid, fd)
@@ -277,7 +275,7 @@ class PathCalls:
         return self._write_status(trap, buffer, pack(status.of_node(path, stat.S_IFDIR | 0o755, (0, 0))))
 
     def _write_status(self, trap: Trap, buffer: int, data: bytes) -> int:
-        if CallerMemory(trap.tid).write_upto(buffer, data) != len(data):
+        if memory_of(trap.tid).write_upto(buffer, data) != len(data):
             raise KernelError(errno.EFAULT, f"the status cannot be written to {buffer:#x}")
         return 0
 
@@ -347,7 +345,7 @@ class PathCalls:
         else:
             return PROCEED
         data = os.fsencode(target)[: signed32(size)]
-        if CallerMemory(trap.tid).write_upto(buffer, data) != len(data):
+        if memory_of(trap.tid).write_upto(buffer, data) != len(data):
             raise KernelError(errno.EFAULT, f"the link cannot be written to {buffer:#x}")
         return len(data)
 

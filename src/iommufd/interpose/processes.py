@@ -21,7 +21,7 @@ import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from iommufd.interpose.caller import INITIAL_USER_NAMESPACE, CallerMemory, RemoteTask
+from iommufd.interpose.caller import INITIAL_USER_NAMESPACE, RemoteTask, memory_of
 from iommufd.interpose.libc import pidfd_open, same_vm
 
 if TYPE_CHECKING:
@@ -389,5 +389,5 @@ def random_marks(tid: int) -> bytes:
         for at in range(0, len(auxv) - 15, 16):
             key, value = _AUXV.unpack_from(auxv, at)
             if key == AT_RANDOM:
-                return CallerMemory(tid).read_upto(value, 16)
+                return memory_of(tid).read_upto(value, 16)
     return b""

@@ -20,6 +20,7 @@ import errno
 import fcntl
 import os
 import select
+import signal
 import sys
 import threading
 from collections.abc import Callable
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
 Handler = Callable[[Trap], "int | Pending | Proceed | Answered"]
 
 TICK_SECONDS = 0.02
+JOIN_SECONDS = 0.5
 TICKS_PER_ACTIVITY = 25
 DORMANT_TICKS = 25
 PENDING_TICKS = 5
@@ -113,7 +115,10 @@ class Supervisor:
         leader = self._leader.thread
         for thread in (leader, self._clock_thread):
             if thread is not None:
-                thread.join(2.0)
+                thread.join(JOIN_SECONDS)
+        if leader is not None and leader.is_alive():
+            interrupt(leader)  # before some Linux 6.x, RECV waits on when nobody is left
+            leader.join(JOIN_SECONDS)
         for pending in list(self._pendings.values()):
             pending.drop()
         self.carriers.close()
@@ -125,8 +130,19 @@ class Supervisor:
         os.close(self._wake)
 
     def _start_leader(self, worker: Worker) -> None:
-        worker.thread = threading.Thread(target=self._serve, args=(worker,), name="leader", daemon=True)
+        worker.thread = threading.Thread(target=self._lead, args=(worker,), name="leader", daemon=True)
         worker.thread.start()
+
+    def _lead(self, worker: Worker) -> None:
+        """The loop, again and again should it fail outside what it catches by itself."""
+        while True:
+            try:
+                self._serve(worker)
+                return
+            except Exception as error:
+                report("internal error in the supervisor's loop", error)
+                if worker.call > 0:
+                    self._send(worker.call, -errno.EIO)
 
     # ---- the loop
 
@@ -204,8 +220,8 @@ class Supervisor:
             self._send(trap.number, -error.errno)
         except Gone:
             pass
-        except ProcessLookupError:
-            self._send(trap.number, -errno.ESRCH)
+        except OSError as error:
+            self._sent_or_failed(error, trap.number, trap.tid, trap.nr)
         except Exception as error:
             self._broken(error, trap.number, trap.tid, trap.nr)
 
@@ -234,17 +250,13 @@ class Supervisor:
             self.listener.answer(number, value)
 
     def _sent_or_failed(self, error: OSError, number: int, tid: int, nr: int) -> None:
-        """An OSError in the hot path: ENOENT of SEND (the caller was killed), or a fault of ours."""
-        if error.errno != errno.ENOENT or self.listener.valid(number):
+        """An OSError in the middle of a call: its caller was killed, or it is a fault of ours."""
+        if self.listener.valid(number):
             self._broken(error, number, tid, nr)
 
     def _broken(self, error: Exception, number: int, tid: int, nr: int) -> None:
         name = next((name for name, value in HOST.numbers.items() if value == nr), str(nr))
-        say(f"internal error in {name} of process {tid}, answered EIO: {type(error).__name__}: {error}")
-        if os.environ.get("IOMMUFD_DEBUG"):
-            import traceback
-
-            traceback.print_exception(error)
+        report(f"internal error in {name} of process {tid}, answered EIO", error)
         self._send(number, -errno.EIO)
 
     def _released(self, carrier: Carrier) -> None:
@@ -257,11 +269,7 @@ class Supervisor:
         try:
             self.carriers.drain()
         except Exception as error:
-            say(f"internal error while a file was released: {type(error).__name__}: {error}")
-            if os.environ.get("IOMMUFD_DEBUG"):
-                import traceback
-
-                traceback.print_exception(error)
+            report("internal error while a file was released", error)
 
     # ---- the clock: everything that is not an answer
 
@@ -318,9 +326,11 @@ class Supervisor:
             try:
                 self._tick(ticks)
             except Exception as error:
-                say(f"internal error in the clock: {type(error).__name__}: {error}")
+                report("internal error in the clock", error)
             if quiet >= DORMANT_TICKS and call <= 0 and not self._pendings and not self.carriers.doubtful:
                 self._dormant = True
+                if self._leader.call != call:  # a call came between: its thread may not have seen that we sleep
+                    self._dormant = False
 
     def _tick(self, ticks: int) -> None:
         if self.carriers.doubtful:
@@ -345,7 +355,7 @@ class Supervisor:
         try:
             self.processes.group_ended(group)
         except Exception as error:
-            say(f"internal error at the end of process {group.tgid}: {type(error).__name__}: {error}")
+            report(f"internal error at the end of process {group.tgid}", error)
         close_pidfd(group)
 
     # ---- the table
@@ -416,6 +426,23 @@ def close_pidfd(group: ThreadGroup) -> None:
         group.pidfd = -1
 
 
-def say(sentence: str) -> None:
-    """One line for the person who runs us."""
-    print(f"iommufd: {sentence}", file=sys.stderr, flush=True)
+def interrupt(thread: threading.Thread) -> None:
+    """Makes a system call that the thread waits in fail with EINTR. Only the main thread can."""
+    if thread.ident is None or threading.current_thread() is not threading.main_thread():
+        return
+    before = signal.signal(signal.SIGURG, lambda *_: None)
+    try:
+        signal.pthread_kill(thread.ident, signal.SIGURG)
+        thread.join(JOIN_SECONDS)
+    finally:
+        signal.signal(signal.SIGURG, before)
+
+
+def report(what: str, error: Exception) -> None:
+    """One line for the person who runs us; the traceback too when IOMMUFD_DEBUG is set."""
+    with contextlib.suppress(OSError, ValueError):  # standard error may be closed
+        print(f"iommufd: {what}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        if os.environ.get("IOMMUFD_DEBUG"):
+            import traceback
+
+            traceback.print_exception(error)

@@ -19,7 +19,7 @@ import time
 from typing import TYPE_CHECKING
 
 from iommufd.errors import KernelError
-from iommufd.interpose.caller import CallerMemory
+from iommufd.interpose.caller import memory_of
 from iommufd.interpose.children import descendants
 from iommufd.interpose.filter import (
     MADV_DONTNEED,
@@ -170,7 +170,7 @@ class Unmaps:
         thread = self._thread(trap)
         if thread is None and advice != MADV_GUARD_INSTALL:
             return PROCEED
-        raw = CallerMemory(trap.tid).read_upto(trap.args[1], 16 * min(trap.args[2], 1024))
+        raw = memory_of(trap.tid).read_upto(trap.args[1], 16 * min(trap.args[2], 1024))
         for at in range(0, len(raw) - 15, 16):
             start, length = (int.from_bytes(raw[at + i : at + i + 8], "little") for i in (0, 8))
             if start % PAGE:
@@ -326,7 +326,7 @@ def subtract(ranges: Ranges, without: Ranges) -> Ranges:
 def looks_executable(tid: int, dirfd: int, addr: int) -> bool:
     """Whether the path at ``addr`` is an executable file as far as we can see."""
     try:
-        path = CallerMemory(tid).read_string(addr)
+        path = memory_of(tid).read_string(addr)
     except KernelError:
         return False
     if path[:1] != b"/":
