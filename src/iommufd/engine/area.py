@@ -70,7 +70,6 @@ def fill(
     pages: Pages,
     domains: list[PagingDomain],
     task: Task | None,
-    *,
     page_by_page: bool,
     storage: bool,
 ) -> None:
@@ -78,37 +77,35 @@ def fill(
 
     ``storage``: the area becomes a holder of its pages, which are pinned and charged as needed; otherwise it is one
     already. KernelError EFAULT, ENOMEM, EINVAL, EOVERFLOW from pinning and charging, or the driver's."""
-    first, length = area.first, area.last - area.first + 1
-    page, count = area.span()
-    pages.lock(world)
+    source = pages.source
+    if source is not None and source.is_dmabuf:
+        _fill_dmabuf(area, cast("DmaBufSource", source), domains, page_by_page)
+        return
+    if world.fail is not None and world.fail(SCRATCH, task):
+        raise KernelError(errno.ENOMEM, "fault injection: no memory to gather page frames")
+    first, start = area.first, area.start
+    length = area.last - first + 1
+    page = start >> PAGE_SHIFT
+    count = ((start + length - 1) >> PAGE_SHIFT) - page + 1
+    new = 0
+    if storage:
+        extents, new = pages.hold(world, task, page, count)
+    else:
+        extents = pages.frames(page, count)
+    done = 0
     try:
-        source = pages.source
-        if source is not None and source.is_dmabuf:
-            _fill_dmabuf(area, cast("DmaBufSource", source), domains, page_by_page)
-            return
-        if world.fail is not None and world.fail(SCRATCH, task):
-            raise KernelError(errno.ENOMEM, "fault injection: no memory to gather page frames")
-        new = 0
+        offset, prot = start & PAGE_OFFSET, area.prot | CACHE
+        for domain in domains:
+            domain.map(first, extents, offset, length, prot, page_by_page)
+            done += 1
+        if new:
+            pages.charge(world, task, new)
+    except BaseException:
+        for domain in domains[:done]:
+            domain.unmap(first, length)
         if storage:
-            extents, new = pages.hold(world, task, page, count)
-        else:
-            extents = pages.frames(page, count)
-        done = 0
-        try:
-            offset, prot = area.start & PAGE_OFFSET, area.prot | CACHE
-            for domain in domains:
-                domain.map(first, extents, offset, length, prot, page_by_page)
-                done += 1
-            if new:
-                pages.charge(world, task, new)
-        except BaseException:
-            for domain in domains[:done]:
-                domain.unmap(first, length)
-            if storage:
-                pages.drop(page, count)
-            raise
-    finally:
-        pages.unlock(world)
+            pages.drop(page, count)
+        raise
 
 
 def _fill_dmabuf(area: Area, source: DmaBufSource, domains: list[PagingDomain], page_by_page: bool) -> None:
@@ -130,24 +127,24 @@ def _fill_dmabuf(area: Area, source: DmaBufSource, domains: list[PagingDomain], 
         raise
 
 
-def unfill(world: World, area: Area, pages: Pages, domains: list[PagingDomain], *, storage: bool) -> None:
+def unfill(area: Area, pages: Pages, domains: list[PagingDomain], storage: bool) -> None:
     """Undoes :func:`fill`."""
-    first, length = area.first, area.last - area.first + 1
-    pages.lock(world)
+    first, start = area.first, area.start
+    length = area.last - first + 1
     source = pages.source
     if source is not None and source.is_dmabuf:
         buffer = cast("DmaBufSource", source)
         for domain in domains:
             if buffer.forget(domain, area):
                 domain.unmap(first, length)
-    else:
-        for domain in domains:
-            domain.unmap(first, length)
-        if storage:
-            freed = pages.drop(*area.span())
-            if freed:
-                pages.uncharge(freed)
-    pages.unlock(world)
+        return
+    for domain in domains:
+        domain.unmap(first, length)
+    if storage:
+        page = start >> PAGE_SHIFT
+        freed = pages.drop(page, ((start + length - 1) >> PAGE_SHIFT) - page + 1)
+        if freed:
+            pages.uncharge(freed)
 
 
 def lose_source(pages: Pages, dead: list[Source]) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from enum import Enum
 from typing import TYPE_CHECKING, TypeVar, cast
 
-from iommufd.engine.failpoints import SLAB
+from iommufd.engine.failpoints import LOOKUP, SLAB
 from iommufd.engine.file import File, Pending
 from iommufd.engine.object import Object
 from iommufd.errors import KernelError
@@ -76,11 +76,14 @@ class Call:
 
     def get(self, number: int, kind: type[T]) -> T:
         """The object ``number`` of type ``kind``, held until the call ends; ENOENT otherwise (core 2.2)."""
-        if self.world.fail is not None and self.world.fail("object lookup", self.task):
+        if self.world.fail is not None and self.world.fail(LOOKUP, self.task):
             raise KernelError(errno.ENOENT, f"fault injection: lookup of id {number}")
-        obj = self.context.objects.get(number, kind)
+        objects = self.context.objects
+        obj = objects.take(number, kind)
+        if obj is None:
+            obj = cast("T", objects.get(number, kind))
         self.held.append(obj)
-        return cast("T", obj)
+        return obj
 
     def get_any(self, number: int) -> Object:
         """The object ``number`` whatever its type, held until the call ends; ENOENT otherwise."""

@@ -30,6 +30,7 @@ from iommufd.memory.intervals import IntervalIndex
 
 if TYPE_CHECKING:
     from iommufd.engine.access import Access
+    from iommufd.engine.pages import Pages
     from iommufd.engine.source import Source
     from iommufd.engine.task import Task
     from iommufd.engine.world import World
@@ -152,21 +153,15 @@ class IOPagetable:
             else:  # row 3b
                 self._check_fixed(iova, length, alignment)
             live = not self.domains
-            areas = []
             at = iova
+            new: list[Area] = []
             for pages, start, size in pieces:
-                if prot & WRITE and not pages.writable:  # row 4
-                    raise KernelError(errno.EPERM, "the memory was mapped without WRITEABLE and cannot become writable")
-                if (start & PAGE_OFFSET) % alignment:  # row 5
-                    raise KernelError(
-                        errno.EINVAL,
-                        f"the memory begins {start & PAGE_OFFSET:#x} bytes into a page, not at a multiple of "
-                        f"the IOVA alignment {alignment:#x}",
-                    )
+                if (prot & WRITE and not pages.writable) or (start & PAGE_OFFSET) % alignment:  # rows 4-5
+                    raise _piece_error(pages, start, prot, alignment)
                 # row 6 cannot happen: the whole range was checked, and a pages object ends below 2^64
-                areas.append(Area(at, at + size - 1, pages if live else None, start, prot))
+                new.append(Area(at, at + size - 1, pages if live else None, start, prot))
                 at += size
-            for area in areas:
+            for area in new:
                 self.areas.insert(area.first, area.last, area)
             for pages, _, _ in pieces:
                 if pages.source is not None:
@@ -174,7 +169,13 @@ class IOPagetable:
             if live:
                 return iova
             self.domains_sem.readers += 1
-        self._fill_new(task, areas, pieces)  # rows 7-8
+            alone = len(new) == 1 and not pages.busy
+            if alone:
+                pages.busy = True
+        if alone:
+            self._fill_one(task, area, pages)
+        else:
+            self._fill_several(task, new, [piece[0] for piece in pieces])
         return iova
 
     def _check_fixed(self, iova: int, length: int, alignment: int) -> None:
@@ -197,31 +198,57 @@ class IOPagetable:
         state = "" if found[2].pages is not None else ", which another thread is mapping or unmapping"
         return f"IOVA [{first:#x}, {last:#x}] overlaps the area [{found[0]:#x}, {found[1]:#x}]{state}"
 
-    def _fill_new(self, task: Task | None, areas: list[Area], pieces: list[Piece]) -> None:
-        """core 4.7 rows 7 and 8 for placeholders made by this thread, which read-holds ``domains_sem``."""
+    def _fill_one(self, task: Task | None, area: Area, pages: Pages) -> None:
+        """core 4.7 rows 7 and 8 for the usual map of one piece. This thread made the placeholder, read-holds
+        ``domains_sem`` and has ``pages`` busy."""
+        world = self.world
+        try:
+            fill(world, area, pages, self.domains, task, self.large_pages_disabled, True)
+        except BaseException:
+            pages.unlock(world)
+            self._take_back([area], [pages])
+            raise
+        with world.lock:
+            pages.busy = False
+            if self.iova_sem.writer:
+                world.wake()
+                self.pass_finishing()
+            area.pages = pages
+            self.domains_sem.end_read(world)
+            world.wake()
+
+    def _fill_several(self, task: Task | None, areas: list[Area], backing: list[Pages]) -> None:
+        """The same for several pieces; an earlier one is undone when a later one fails."""
         world = self.world
         done = 0
         try:
-            for area, (pages, _, _) in zip(areas, pieces, strict=True):
-                fill(world, area, pages, self.domains, task, page_by_page=self.large_pages_disabled, storage=True)
+            for area, pages in zip(areas, backing, strict=True):
+                with pages.mutex(world):
+                    fill(world, area, pages, self.domains, task, self.large_pages_disabled, True)
                 done += 1
         except BaseException:
-            for area, (pages, _, _) in zip(areas[:done], pieces, strict=False):
-                unfill(world, area, pages, self.domains, storage=True)
-            dead: list[Source] = []
-            with world.lock:
-                self.pass_finishing()
-                for area, (pages, _, _) in zip(areas, pieces, strict=True):
-                    self.areas.remove(area.first)
-                    lose_source(pages, dead)
-                self.domains_sem.end_read(world)
-            release(dead)
+            for area, pages in zip(areas[:done], backing, strict=False):
+                with pages.mutex(world):
+                    unfill(area, pages, self.domains, True)
+            self._take_back(areas, backing)
             raise
         with world.lock:
             self.pass_finishing()
-            for area, (pages, _, _) in zip(areas, pieces, strict=True):
+            for area, pages in zip(areas, backing, strict=True):
                 area.pages = pages
             self.domains_sem.end_read(world)
+
+    def _take_back(self, areas: list[Area], backing: list[Pages]) -> None:
+        """The placeholders of a map that failed go."""
+        world = self.world
+        dead: list[Source] = []
+        with world.lock:
+            self.pass_finishing()
+            for area, pages in zip(areas, backing, strict=True):
+                self.areas.remove(area.first)
+                lose_source(pages, dead)
+            self.domains_sem.end_read(world)
+        release(dead)
 
     def pieces_of(self, iova: int, last: int) -> list[Piece]:
         """What ``[iova, last]`` maps, one piece per area (core 4.11 row 7), each with one more user of its source.
@@ -402,22 +429,16 @@ class IOPagetable:
         try:
             for area in self.areas.values():
                 assert area.pages is not None
-                fill(
-                    self.world,
-                    area,
-                    area.pages,
-                    target,
-                    task,
-                    page_by_page=self.large_pages_disabled,
-                    storage=storage,
-                )
+                with area.pages.mutex(self.world):
+                    fill(self.world, area, area.pages, target, task, self.large_pages_disabled, storage)
                 done += 1
         except BaseException:
             for area in self.areas.values():
                 if done == 0:
                     break
                 assert area.pages is not None
-                unfill(self.world, area, area.pages, target, storage=storage)
+                with area.pages.mutex(self.world):
+                    unfill(area, area.pages, target, storage)
                 done -= 1
             raise
 
@@ -429,7 +450,8 @@ class IOPagetable:
             target = [domain]
             for area in self.areas.values():
                 assert area.pages is not None
-                unfill(self.world, area, area.pages, target, storage=storage)
+                with area.pages.mutex(self.world):
+                    unfill(area, area.pages, target, storage)
             with self.world.lock:
                 at = next(i for i, d in enumerate(domains) if d is domain)
                 moved = domains.pop()
@@ -472,3 +494,14 @@ class IOPagetable:
         with self.exclusive(), self.world.lock:
             del self.accesses[slot]
             self.iova_alignment = self._alignment()
+
+
+def _piece_error(pages: Pages, start: int, prot: int, alignment: int) -> KernelError:
+    """core 4.7 rows 4 and 5."""
+    if prot & WRITE and not pages.writable:
+        return KernelError(errno.EPERM, "the memory was mapped without WRITEABLE and cannot become writable")
+    return KernelError(
+        errno.EINVAL,
+        f"the memory begins {start & PAGE_OFFSET:#x} bytes into a page, not at a multiple of the IOVA alignment "
+        f"{alignment:#x}",
+    )

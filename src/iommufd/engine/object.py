@@ -131,6 +131,16 @@ class ObjectTable:
             return None
         return obj
 
+    def take(self, number: int, kind: type[T]) -> T | None:
+        """As :meth:`get` for an object of exactly this type; None when it must be looked at more closely."""
+        with self._world.lock:
+            obj = self._objects.get(number)
+            if type(obj) is kind and obj.state == PUBLISHED and obj.wait > 0:
+                obj.users += 1
+                obj.wait += 1
+                return obj
+        return None
+
     def get(self, number: int, *types: type[Object]) -> Object:
         """Looks up and takes ``users`` and ``wait``; ENOENT when absent, unpublished, entombed or of another type."""
         with self._world.lock:

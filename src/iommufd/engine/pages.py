@@ -16,6 +16,8 @@ Invariants (core 5):
 from __future__ import annotations
 
 import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import chain
 from typing import TYPE_CHECKING
 
@@ -104,6 +106,15 @@ class Pages:
         with world.lock:
             self.busy = False
             world.wake()
+
+    @contextmanager
+    def mutex(self, world: World) -> Iterator[None]:
+        """:meth:`lock` and :meth:`unlock` around a block."""
+        self.lock(world)
+        try:
+            yield
+        finally:
+            self.unlock(world)
 
     # -------------------------------------------------------------------------- holding and letting go (under busy)
 

@@ -33,7 +33,7 @@ def unmap_range(table: IOPagetable, start: int, last: int) -> tuple[int, KernelE
         pages: Pages | None = None
         error: KernelError | None = None
         dead: list[Source] = []
-        pinned = False
+        pinned = ours = False
         budget = UNMAP_BATCH
         with world.lock:
             if table.domains_sem.blocked or table.iova_sem.blocked or table.iova_sem.readers:
@@ -58,6 +58,9 @@ def unmap_range(table: IOPagetable, start: int, last: int) -> tuple[int, KernelE
                 if table.domains:
                     area.pages = None
                     table.domains_sem.readers += 1
+                    ours = not pages.busy
+                    if ours:
+                        pages.busy = True
                     break
                 areas.remove(first)  # row e
                 if pages.source is not None:
@@ -81,6 +84,8 @@ def unmap_range(table: IOPagetable, start: int, last: int) -> tuple[int, KernelE
                     f"{area!r} still has {area.accesses} pin(s) after {rounds} rounds of unmap callbacks",
                 )
             continue
+        if not ours:
+            pages.lock(world)
         _remove(table, area, pages)
         total += length
     return total, None
@@ -96,16 +101,21 @@ def _refusal(area: Area, start: int, last: int) -> KernelError:
 
 
 def _remove(table: IOPagetable, area: Area, pages: Pages) -> None:
-    """core 4.12 row e for an area with domains: taken out of service by this thread, which read-holds
-    ``domains_sem``."""
+    """core 4.12 row e for an area with domains. This thread took it out of service, read-holds ``domains_sem`` and has
+    ``pages`` busy."""
     world = table.world
-    unfill(world, area, pages, table.domains, storage=True)
+    unfill(area, pages, table.domains, True)
     dead: list[Source] = []
     with world.lock:
-        table.pass_finishing()
+        pages.busy = False
+        if table.iova_sem.writer:
+            world.wake()
+            table.pass_finishing()
         table.areas.remove(area.first)
-        lose_source(pages, dead)
+        if pages.source is not None:
+            lose_source(pages, dead)
         table.domains_sem.end_read(world)
+        world.wake()
     if dead:
         release(dead)
 
