@@ -162,8 +162,8 @@ class FaultGroup:
 def respond(device: Device, request: PageRequest, code: ResponseCode) -> None:
     """Gives the driver its answer to a request with LAST_PAGE set; a driver that does not listen gets none."""
     driver = device.driver
-    if isinstance(driver, RespondsToPages):
     if driver is not None and isinstance(driver, RespondsToPages):
+        driver.page_response(device, request, code)
 
 
 def find_handle(device: Device, request: PageRequest) -> AttachHandle | None:
