@@ -6,8 +6,8 @@ import errno
 import fcntl
 import mmap
 import os
-import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -95,15 +95,15 @@ def test_a_write_sealed_memfd_can_be_pinned_and_read(physical: Physical, memfd: 
     file.close()
 
 
-def test_core_4_10_pin_a_file_of_another_kind(physical: Physical) -> None:
+def test_core_4_10_pin_a_file_of_another_kind(physical: Physical, tmp_path: Path) -> None:
     for path in ("/proc/self/maps", "/dev/null"):
         file = HostFile(physical, os.open(path, os.O_RDONLY))
         assert file.kind == "other"
         assert "neither shmem" in fails(file, 0, 1)
         file.close()
-    with tempfile.NamedTemporaryFile(dir=os.path.dirname(os.path.abspath(__file__))) as plain:
+    with open(tmp_path / "plain", "w+b") as plain:
         if file_kind(plain.fileno())[0] == "shmem":
-            pytest.skip("this folder is on tmpfs")
+            pytest.skip("the folder for temporary files is on tmpfs")
         plain.write(bytes(P))
         plain.flush()
         file = HostFile(physical, os.dup(plain.fileno()))

@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import gc
 import mmap
 import os
 import signal
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -347,9 +348,9 @@ def test_a_sysv_segment(child: Child) -> None:
     unpin_extents(extents)
 
 
-def test_file_system_mappings(child: Child) -> None:
+def test_file_system_mappings(child: Child, tmp_path: Path) -> None:
     """core 5.5 row 4, with the file system at hand: one that writes back refuses devices that write."""
-    with tempfile.NamedTemporaryFile(dir=os.path.dirname(os.path.abspath(__file__))) as file:
+    with open(tmp_path / "file", "w+b") as file:
         file.write(b"contents" * 1024)
         file.flush()
         child(f"fd = os.open({file.name!r}, os.O_RDWR)")
@@ -484,3 +485,81 @@ def test_locked_pages(child: Child) -> None:
     if child(f"libc.mlock(ctypes.c_void_p({va}), ctypes.c_size_t({4 * P}))") != 0:
         pytest.skip("mlock is not allowed here")
     assert child.host.mlocked_pages() == before + 4
+
+
+def test_guard_regions(child: Child) -> None:
+    """core 5.5 row 1, once somebody has seen MADV_GUARD_INSTALL."""
+    va = child.number(f"mmap({8 * P})")
+    child(f"put({va}, bytes({8 * P}))")
+    if child(f"libc.madvise(ctypes.c_void_p({va + 5 * P}), ctypes.c_size_t({P}), 102)") != 0:
+        pytest.skip("this kernel has no guard regions")
+    if not child.host.guarded(va, va + 8 * P):
+        pytest.skip("this kernel does not tell about guard regions")
+    child.space.guard_check = child.host.guarded
+    unpin_extents(child.space.pin(va, 5, True))
+    fails(errno.EFAULT, child.space, va, 6)
+    unpin_extents(child.space.pin(va + 6 * P, 2, True))
+
+
+def test_kinds_of_mappings(child: Child, tmp_path: Path) -> None:
+    child("zero = os.open('/dev/zero', os.O_RDWR)")
+    shared = child.host.query(child.number("mmap(4096, flags=SHARED, fd=zero)"))
+    private = child.host.query(child.number("mmap(4096, flags=PRIVATE, fd=zero)"))
+    anonymous = child.host.query(child.number("mmap(4096, flags=SHARED|ANON)"))
+    assert shared is not None
+    assert private is not None
+    assert anonymous is not None
+    assert (shared.kind, anonymous.kind) == ("shmem", "shmem")
+    assert private.kind != "special"
+    assert shared.file_key != anonymous.file_key
+    if os.path.isdir("/dev/shm"):
+        with open("/dev/shm/iommufd-test", "w+b") as file:
+            os.unlink(file.name)
+            file.truncate(P)
+            child(f"fd = os.open('/proc/{os.getpid()}/fd/{file.fileno()}', os.O_RDWR)")
+            vma = child.host.query(child.number("mmap(4096, flags=SHARED, fd=fd)"))
+            assert vma is not None
+            status = os.fstat(file.fileno())
+            assert (vma.dev, vma.ino) == (status.st_dev, status.st_ino)
+            unpin_extents(child.space.pin(vma.start, 1, True))
+
+
+def test_reading_never_reaches_the_next_program(child: Child) -> None:
+    """After exec the process number names another mm; the AddressSpace does not."""
+    va = child.number(f"mmap({P}, at=0x10000000, flags=PRIVATE|ANON|FIXED)")
+    child(f"put({va}, b'old')")
+    assert child.space.read(va, 3) == b"old"
+    script = f"import mmap; {SERVER}\n"
+    child(f"os.execv({sys.executable!r}, [{sys.executable!r}, '-S', '-c', 'print(7, flush=True)\\n' + {script!r}])")
+    child(f"mmap({P}, at=0x10000000, flags=PRIVATE|ANON|FIXED)")
+    for call in (lambda: child.space.read(va, 3), lambda: child.space.write(va, b"x")):
+        with pytest.raises(KernelError):
+            call()
+    assert not child.space.alive
+
+
+def test_nothing_is_left_for_the_cyclic_collector(own: Own) -> None:
+    """design 7: the supervisor runs without it. (Each length of a ctypes array is a type, and a type is a cycle.)"""
+
+    def life() -> None:
+        host = ProcHost(os.getpid())
+        space = AddressSpace(Physical(), host, "this process")
+        for count in (1, 40, 70001, 70002):
+            host.read(own.va, count)
+            host.write(own.va, bytes(count))
+        host.touched(own.va, own.va + 9 * P)
+        host.guarded(own.va, own.va + P)
+        host.query(own.va)
+        extents = space.pin(own.va, 8, True)
+        space.gone()
+        read_extents(extents, 0, P)
+        unpin_extents(extents)
+
+    life()
+    gc.collect()
+    gc.disable()
+    try:
+        life()
+        assert gc.collect() == 0
+    finally:
+        gc.enable()

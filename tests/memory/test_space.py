@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import os
 import threading
 
@@ -642,3 +643,32 @@ def test_pins_from_many_threads(rig: Rig) -> None:
     rig.space.gone()
     assert len(rig.physical.frames) == 0
     assert rig.physical.files == {}
+
+
+def test_nothing_is_left_for_the_cyclic_collector() -> None:
+    """design 7: the supervisor runs without it."""
+
+    def life() -> None:
+        rig = Rig()
+        rig.host.share(VA + 64 * P, 8, ino=5)
+        fd = os.memfd_create("test")
+        os.ftruncate(fd, 8 * P)
+        file = HostFile(rig.physical, fd)
+        held = [rig.space.pin(VA, 16, True), rig.space.pin(VA + 64 * P, 8, True), file.pin(0, 8)]
+        rig.munmap(VA + 4 * P, 4)
+        rig.munmap(VA + 64 * P, 4)
+        rig.space.gone()
+        file.close()
+        for extents in held:
+            read_extents(extents, 0, P)
+            unpin_extents(extents)
+        assert len(rig.physical.frames) == 0
+
+    life()
+    gc.collect()
+    gc.disable()
+    try:
+        life()
+        assert gc.collect() == 0
+    finally:
+        gc.enable()

@@ -157,7 +157,8 @@ class FileSpace:
         """Sees that there is a descriptor, if any process we know has one. Called without locks; true when there is."""
         if self.fd >= 0:
             return True
-        spaces = dict.fromkeys([*self.spaces, *self._physical.spaces])
+        with self._physical.lock:
+            spaces = dict.fromkeys([*self.spaces, *self._physical.spaces])
         if len(spaces) == self._searched or self.key[2]:
             return False
         wanted = Vma(0, 0, 0, dev=self.key[0], ino=self.key[1])

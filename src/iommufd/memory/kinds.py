@@ -21,16 +21,16 @@ _ODD_TYPES = frozenset({"devtmpfs", "sysfs", "proc", "debugfs", "tracefs", "cgro
 _SPECIAL_NAMES = ("[vvar", "[vsyscall", "/secretmem")
 
 _libc = ctypes.CDLL(None)
-_libc.fstatfs.argtypes = [ctypes.c_int, ctypes.c_char_p]
+_libc.fstatfs.argtypes = [ctypes.c_int, ctypes.c_void_p]
 
 
 def file_kind(fd: int) -> tuple[str, int]:
     """The kind of the file behind ``fd`` ('shmem', 'hugetlbfs', 'ramfs', 'dmabuf' or 'other'), the order of its
     pages."""
-    buffer = ctypes.create_string_buffer(256)
-    if _libc.fstatfs(fd, buffer):
+    buffer = bytearray(256)  # not a ctypes array: each length would be a type, and types are cyclic garbage
+    if _libc.fstatfs(fd, ctypes.addressof(ctypes.c_char.from_buffer(buffer))):
         return "other", 0
-    magic, block = (int.from_bytes(buffer.raw[at : at + 8], "little") for at in (0, 8))  # f_type, f_bsize
+    magic, block = (int.from_bytes(buffer[at : at + 8], "little") for at in (0, 8))  # f_type, f_bsize
     if magic != DMA_BUF_MAGIC and not stat.S_ISREG(os.fstat(fd).st_mode):
         return "other", 0  # a device node or a folder
     if magic == HUGETLBFS_MAGIC:

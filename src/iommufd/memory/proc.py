@@ -26,7 +26,7 @@ from iommufd.memory.vma import READ, SHARED, WRITE, Vma
 PROCMAP_QUERY = 0xC0686611  # _IOWR('f', 17, struct procmap_query), Linux 6.11
 PROCMAP_QUERY_COVERING_OR_NEXT_VMA = 0x10
 PAGEMAP_SCAN = 0xC0606610  # _IOWR('f', 16, struct pm_scan_arg), Linux 6.7
-PAGE_IS_PRESENT, PAGE_IS_SWAPPED = 1 << 3, 1 << 4
+PAGE_IS_PRESENT, PAGE_IS_SWAPPED, PAGE_IS_GUARD = 1 << 3, 1 << 4, 1 << 8
 
 # struct procmap_query: size flags addr | start end vma_flags page_size offset inode |
 # major minor name_size build_id_size | name_addr build_id_addr
@@ -59,20 +59,25 @@ for _function in (_readv, _writev):
     _function.restype = ctypes.c_ssize_t
 
 
+def _address(buffer: bytearray) -> int:
+    """Where the buffer's bytes are; whoever keeps the number keeps the buffer. (A ctypes array would need a type for
+    each length, and types are garbage only the cyclic collector finds.)"""
+    return ctypes.addressof(ctypes.c_char.from_buffer(buffer))
+
+
 class _Copier:
     """A buffer and the two iovecs of one process_vm call, laid out once."""
 
     __slots__ = ("iov", "local", "remote", "room", "view")
 
     def __init__(self, room: int) -> None:
-        buffer = (ctypes.c_char * room)()
-        iov = (ctypes.c_uint64 * 4)()  # local base, local length, remote base, remote length
+        buffer, iov = bytearray(room), bytearray(32)  # iov: local base, local length, remote base, remote length
         self.room = room
-        self.view = memoryview(buffer).cast("B")
-        self.iov = memoryview(iov).cast("B").cast("Q")
-        self.local = ctypes.addressof(iov)
+        self.view = memoryview(buffer)
+        self.iov = memoryview(iov).cast("Q")
+        self.local = _address(iov)
         self.remote = self.local + 16
-        self.iov[0] = ctypes.addressof(buffer)
+        self.iov[0] = _address(buffer)
 
 
 class _Asker:
@@ -81,10 +86,10 @@ class _Asker:
     __slots__ = ("name", "question")
 
     def __init__(self) -> None:
-        buffer = (ctypes.c_char * _NAME_BYTES)()
-        self.name = memoryview(buffer).cast("B")
+        buffer = bytearray(_NAME_BYTES)
+        self.name = memoryview(buffer)
         self.question = bytearray(_QUESTION)
-        _put_addr(self.question, _NAME_ADDR_AT, ctypes.addressof(buffer))
+        _put_addr(self.question, _NAME_ADDR_AT, _address(buffer))
 
 
 class ProcHost:
@@ -269,13 +274,24 @@ class ProcHost:
             return []
         return found
 
+    def guarded(self, start: int, end: int) -> bool:
+        """Whether ``[start, end)`` has guard regions (MADV_GUARD_INSTALL; told by Linux 6.16 and later)."""
+        regions = bytearray(_REGION.size)
+        question = bytearray(
+            _SCAN.pack(_SCAN.size, 0, start, end, 0, _address(regions), 1, 1, 0, 0, PAGE_IS_GUARD, PAGE_IS_GUARD)
+        )
+        try:
+            return fcntl.ioctl(self._pagemap, PAGEMAP_SCAN, question) > 0
+        except OSError:
+            return False
+
     def _scan(self, start: int, end: int) -> list[tuple[int, int]]:
-        regions = (ctypes.c_char * (_REGIONS * _REGION.size))()
+        regions = bytearray(_REGIONS * _REGION.size)
         found: list[tuple[int, int]] = []
         mask = PAGE_IS_PRESENT | PAGE_IS_SWAPPED
         while start < end:
             question = bytearray(
-                _SCAN.pack(_SCAN.size, 0, start, end, 0, ctypes.addressof(regions), _REGIONS, 0, 0, 0, mask, mask)
+                _SCAN.pack(_SCAN.size, 0, start, end, 0, _address(regions), _REGIONS, 0, 0, 0, mask, mask)
             )
             try:
                 count = fcntl.ioctl(self._pagemap, PAGEMAP_SCAN, question)

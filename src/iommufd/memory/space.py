@@ -131,7 +131,8 @@ class AddressSpace:
         self._index: IntervalIndex[Held] = IntervalIndex()
         self._lock = threading.Lock()
         self._saved: list[tuple[Chunk, int, int, int]] = []  # chunk, page index, pages, position in the store
-        physical.spaces.add(self)
+        with physical.lock:
+            physical.spaces.add(self)
 
     def __repr__(self) -> str:
         return f"<AddressSpace of {self.name}>"
@@ -140,6 +141,7 @@ class AddressSpace:
 
     def read(self, va: int, count: int) -> bytes:
         """``count`` bytes at ``va`` under the page protections; KernelError(EFAULT) unless all can be read."""
+        self._check_alive()
         data = self.host.read(va, count)
         if len(data) != count:
             raise KernelError(errno.EFAULT, f"address {va + len(data):#x} of {self.name} cannot be read")
@@ -147,9 +149,20 @@ class AddressSpace:
 
     def write(self, va: int, data: bytes | bytearray | memoryview) -> None:
         """Writes ``data`` at ``va`` under the page protections; KernelError(EFAULT) when not all was written."""
+        self._check_alive()
         done = self.host.write(va, data)
         if done != len(data):
             raise KernelError(errno.EFAULT, f"address {va + done:#x} of {self.name} cannot be written")
+
+    def _check_alive(self) -> None:
+        """A process number may by now name another program; the mm cannot."""
+        try:
+            if self.alive:
+                self.host.query(0)
+        except ProcessLookupError:
+            self.alive = False
+        if not self.alive:
+            raise KernelError(errno.EFAULT, f"the address space of {self.name} is gone")
 
     def mlocked_pages(self) -> int:
         """Pages the process has locked by itself: the part of VmLck that is not ours."""
