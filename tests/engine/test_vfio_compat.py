@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from iommufd.client.backends.software import SoftwareBackend
 from iommufd.engine.context import Context
 from iommufd.engine.ioas import IOAS
+from iommufd.engine.task import CAP_SYS_RAWIO
 from iommufd.engine.vfio_compat import (
     compat_ioas_create,
     compat_ioas_id,
@@ -264,11 +265,11 @@ def test_vfio_9_1_8_no_iommu_mode_is_for_good(caller: _Caller, context: Context)
     assert [caller.call(SET_IOMMU, n) for n in (1, 3)] == [-errno.EINVAL, -errno.EINVAL]
 
 
-def test_vfio_5_1_no_iommu_needs_raw_io(context: Context, monkeypatch: pytest.MonkeyPatch, caller: _Caller) -> None:
+def test_vfio_5_1_no_iommu_needs_raw_io(context: Context, caller: _Caller) -> None:
     assert caller.call(SET_IOMMU, 8) == -errno.EINVAL  # row 2: not in no-IOMMU mode
     compat_set_no_iommu(context)
-    for able, result in ((True, 0), (False, -errno.EPERM)):
-        monkeypatch.setattr("iommufd.client.backends.own_task.OwnTask.capable", lambda _task, _cap, able=able: able)
+    for capabilities, result in ((1 << CAP_SYS_RAWIO, 0), (~(1 << CAP_SYS_RAWIO), -errno.EPERM)):
+        caller.backend.owner.pretended = capabilities
         assert caller.call(SET_IOMMU, 8) == result
 
 

@@ -145,9 +145,8 @@ class PciBus:
         del self.slots[address]
         if slot.core.group is not None:
             slot.core.group.remove(slot.core)
-        for node in list(pci_nodes.function_nodes(self, slot)):
-            if not node.is_directory:
-                self.machine.remove_node(node.path)
+        kept = {node.path for other in self.slots.values() for node in pci_nodes.function_nodes(self, other)}
+        self._hide([node.path for node in pci_nodes.function_nodes(self, slot) if node.path not in kept])
         self.machine.remove_node(pci_nodes.device_path(address))
 
     def _core_device(
