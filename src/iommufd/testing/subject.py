@@ -351,6 +351,12 @@ class Subject:
         self._views.append(view)
         return view
 
+    def unmap_device(self, view: memoryview) -> None:
+        """Takes a mapping made by :meth:`mmap_device` away."""
+        self._note(["unmap_device"], 0)
+        self._views = [kept for kept in self._views if kept is not view]
+        view.release()
+
     # --- judging
 
     def expect(self, truth: bool, sentence: str) -> None:

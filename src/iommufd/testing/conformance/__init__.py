@@ -33,6 +33,9 @@ CHAPTERS = (
     "devices",
     "dirty",
     "faults",
+    "viommu",
+    "vevents",
+    "hw_queues",
     "vfio_compat",
 )
 

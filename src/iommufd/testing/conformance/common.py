@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import struct
+from errno import EFAULT
 
-from iommufd.testing.subject import PAGE, SCRATCH, Subject
+from iommufd.errors import errno_name
+from iommufd.testing.subject import PAGE, SCRATCH, Subject, filled, number_of
 from iommufd.uapi import iommufd as u
 from iommufd.uapi import iommufd_test as t
+from iommufd.uapi.declare import Struct
 
 ULMAX = 2**64 - 1
 FIXED, WRITE, READ = u.IOMMU_IOAS_MAP_FIXED_IOVA, u.IOMMU_IOAS_MAP_WRITEABLE, u.IOMMU_IOAS_MAP_READABLE
 RW = READ | WRITE
 RANGES = SCRATCH + PAGE  # where arrays of ranges are put
+ANSWER = SCRATCH + 2 * PAGE  # a page that is made read-only
 APERTURE = t.MOCK_APERTURE_START
 
 
@@ -65,3 +69,12 @@ def free_ranges(s: Subject, fd: int, ioas: int, room: int = 16) -> tuple[list[tu
     out = s.do(fd, u.iommu_ioas_iova_ranges(ioas_id=ioas, num_iovas=room, allowed_iovas=RANGES))
     data = s.peek(RANGES, 16 * out.num_iovas)
     return [struct.unpack_from("<QQ", data, 16 * i) for i in range(out.num_iovas)], out.out_iova_alignment
+
+
+def unwritable(s: Subject, fd: int, struct: Struct) -> None:
+    """An ioctl whose work succeeds and whose answer cannot be written: EFAULT."""
+    s.poke(ANSWER, filled(struct).pack())
+    s.mprotect(ANSWER, PAGE, 1)
+    answer = s.ioctl(fd, number_of(struct), at=ANSWER, poke=False)
+    s.expect(answer.errno == EFAULT, f"{struct!r} into read-only memory: {errno_name(answer.errno)}")
+    s.mprotect(ANSWER, PAGE, 3)
