@@ -151,18 +151,23 @@ class IOPagetable:
                     world.huge_page_size,
                 )
             else:  # row 3b
-                self._check_fixed(iova, length, alignment)
+                self._check_fixed(iova, length, alignment, len(pieces) > 1)
             live = not self.domains
             at = iova
             new: list[Area] = []
             for pages, start, size in pieces:
                 if (prot & WRITE and not pages.writable) or (start & PAGE_OFFSET) % alignment:  # rows 4-5
+                    if self.areas.overlaps(iova, iova + length - 1):
+                        raise KernelError(errno.EEXIST, self._overlap_sentence(iova, iova + length - 1))
                     raise _piece_error(pages, start, prot, alignment)
                 # row 6 cannot happen: the whole range was checked, and a pages object ends below 2^64
                 new.append(Area(at, at + size - 1, pages if live else None, start, prot))
                 at += size
-            for area in new:
-                self.areas.insert(area.first, area.last, area)
+            try:
+                for area in new:
+                    self.areas.insert(area.first, area.last, area)
+            except ValueError:  # row 3b, for a single piece
+                raise KernelError(errno.EEXIST, self._overlap_sentence(iova, iova + length - 1)) from None
             for pages, _, _ in pieces:
                 if pages.source is not None:
                     pages.source.users += 1
@@ -178,7 +183,8 @@ class IOPagetable:
             self._fill_several(task, new, [piece[0] for piece in pieces])
         return iova
 
-    def _check_fixed(self, iova: int, length: int, alignment: int) -> None:
+    def _check_fixed(self, iova: int, length: int, alignment: int, areas_too: bool) -> None:
+        """core 4.7 row 3b. Whether an area is there already, the index says when a single piece is put into it."""
         last = iova + length - 1
         if iova % alignment:
             raise KernelError(errno.EINVAL, f"IOVA {iova:#x} is not a multiple of the IOVA alignment {alignment:#x}")
@@ -189,7 +195,7 @@ class IOPagetable:
             raise KernelError(
                 errno.EINVAL, f"IOVA [{iova:#x}, {last:#x}] overlaps the reserved range [{taken[0]:#x}, {taken[1]:#x}]"
             )
-        if self.areas.overlaps(iova, last):
+        if areas_too and self.areas.overlaps(iova, last):
             raise KernelError(errno.EEXIST, self._overlap_sentence(iova, last))
 
     def _overlap_sentence(self, first: int, last: int) -> str:
