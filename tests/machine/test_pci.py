@@ -91,7 +91,7 @@ def test_groups(machine: Machine) -> None:
         if "noiommu" not in arguments:
             machine.pci.add("0000:00:06.0", group="n", noiommu=True)
         with pytest.raises(ValueError, match="alone"):
-            machine.pci.add("0000:00:07.0", **arguments)  # type: ignore[arg-type]
+            machine.pci.add("0000:00:07.0", **arguments)
 
 
 def test_addresses_on_the_bus_do_not_overlap(machine: Machine) -> None:

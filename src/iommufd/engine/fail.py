@@ -297,10 +297,11 @@ class Injector:
         """``task`` starts ``command`` (its full name): KernelError when a rule makes the whole command fail."""
         with self._lock:
             self._commands[task.tid] = command
-            for rule in self.rules:
-                if rule.point is None and rule.command in ("*", command) and rule.occurs():
-                    self._note(None, command, task.tid)
-                    raise KernelError(rule.number, f"fault injection: occurrence {rule.count} of {rule.command}")
+            meant = [rule for rule in self.rules if rule.point is None and rule.command in ("*", command)]
+            hits = [rule for rule in meant if rule.occurs()]  # each of them counts the call
+            if hits:
+                self._note(None, command, task.tid)
+                raise KernelError(hits[0].number, f"fault injection: occurrence {hits[0].count} of {hits[0].command}")
 
     def point(self, name: str, task: Task | None) -> bool:
         """Whether the point ``name`` fails now. ``task`` None: not on behalf of a caller, so no counter of a task

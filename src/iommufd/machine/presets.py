@@ -52,6 +52,17 @@ def _with_test_hardware(machine: Machine) -> Machine:
     return machine
 
 
+def _pci(name: str, kernel: tuple[int, ...]) -> Machine:
+    """Functions with memory, MSI-X and PASIDs and no behaviour of their own; the second and third share a group."""
+    from iommufd.vfio.pci_config import Bar, BarKind, PciLayout  # the other machines pay for none of this
+
+    machine = Machine(name, kernel=kernel)
+    layout = PciLayout(bars=(Bar(0x10000, BarKind.MEMORY), Bar(0x1000)), msix=4, msix_bar=1)
+    for address, group in (("0000:00:03.0", None), ("0000:01:00.0", "both"), ("0000:01:00.1", "both")):
+        machine.pci.add(address, layout, group=group, pasids=1 << 16)
+    return machine
+
+
 DEFECTS_7_3_4 = frozenset({"dmabuf-get-returns-0", "fault-cookie-0-becomes-free", "hw-queue-destroy-clears-slot-0"})
 """What Linux 7.3.4 does otherwise than intended and ``mock@7.3.4`` repeats."""
 
@@ -59,6 +70,7 @@ PRESETS: dict[str, Preset] = {
     preset.name: preset
     for preset in (
         Preset("default", "/dev/iommu and /dev/vfio/vfio, no devices", _default),
+        Preset("pci", "three PCI functions bound to vfio-pci behind an IOMMU, two of them in one group", _pci),
         Preset("mock", "the kernel's selftest hardware and its test command, behaving as intended", _mock),
         Preset("mock@7.3.4", "the same, bit for bit as Linux 7.3.4 behaves, its defects included", _mock_7_3_4),
     )
