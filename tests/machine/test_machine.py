@@ -75,8 +75,9 @@ def test_presets(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["", "mock@6.6", "Mock", "x" * 1000])
 def test_unknown_machines_name_the_known_ones(name: str) -> None:
-    with pytest.raises(UnknownMachine, match=r"default, mock, mock@7\.3\.4"):
+    with pytest.raises(UnknownMachine) as caught:
         preset(name)
+    assert all(known in str(caught.value) for known in PRESETS)
 
 
 @pytest.mark.parametrize("kernel", ["6.2", "6.6", "6.13.4", "7.3", (6, 7)])
