@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import ctypes
 from numbers import Integral
-from typing import TYPE_CHECKING, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -22,8 +22,15 @@ class HasFileno(Protocol):
     def fileno(self) -> int: ...
 
 
+class HasArrayInterface(Protocol):
+    """A NumPy array, to type checkers of Python 3.11, which cannot see that it is a buffer."""
+
+    @property
+    def __array_interface__(self) -> dict[str, Any]: ...
+
+
 if TYPE_CHECKING:
-    Source: TypeAlias = Buffer | int | HasFileno
+    Source: TypeAlias = Buffer | HasArrayInterface | int | HasFileno
 
 
 class _PyBuffer(ctypes.Structure):
@@ -50,12 +57,12 @@ _from_buffer = ctypes.c_char.from_buffer
 _addressof = ctypes.addressof
 
 
-def hold(source: Buffer) -> tuple[memoryview, int]:
+def hold(source: Buffer | HasArrayInterface) -> tuple[memoryview, int]:
     """A view of the whole buffer, and the address of its first byte.
 
     TypeError for what is no buffer, ValueError for an empty one and for one that is not a single piece of memory."""
     try:
-        view = memoryview(source)
+        view = memoryview(source)  # type: ignore[arg-type]
     except TypeError:
         raise TypeError(
             f"{type(source).__name__} is neither a buffer (bytearray, mmap, array, NumPy array), nor an address, nor a "
@@ -109,7 +116,7 @@ class Scratch:
         return self._memory.raw[: self.length if count is None else count]
 
 
-def where(source: Buffer) -> tuple[int, int]:
+def where(source: Buffer | HasArrayInterface) -> tuple[int, int]:
     """The address and length in bytes of a buffer, without holding it: only good while the caller does."""
     view, address = hold(source)
     length = view.nbytes

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 TEST_CMD = BY_NAME["IOMMU_TEST_CMD"].number
 
-HIDDEN = ("size", "reserved", "reserved2", "last")  # of a struct shown to people
+HIDDEN = ("size", "argsz", "reserved", "reserved2", "last")  # of a struct shown to people
 
 NUMBERS: dict[type[Struct], int] = {command.struct: command.number for command in COMMANDS}
 
@@ -55,13 +55,16 @@ def show(cmd: int, data: bytes | bytearray) -> str:
         op = int.from_bytes(data[4:8], "little")
         if op in ARMS:
             kind, name = ARMS[op], f"{name} {iommu_test_op(op).name}"
-    struct = kind.unpack(data)
-    shown = [
+    return f"{name}({fields(kind.unpack(data))})"
+
+
+def fields(struct: Struct) -> str:
+    """The members of a struct that say something."""
+    return ", ".join(
         f"{field.name}={show_value(field, getattr(struct, field.name))}"
-        for field in kind.FIELDS
-        if field.union is None and field.name not in HIDDEN and not (field.name == "op" and cmd == TEST_CMD)
-    ]
-    return f"{name}({', '.join(shown)})"
+        for field in struct.FIELDS
+        if field.union is None and field.ctype.count != 0 and field.name not in HIDDEN
+    )
 
 
 def refused(number: int, request: str) -> str:

@@ -44,6 +44,9 @@ class FaultGroup:
     queue: FaultQueue
     requests: tuple[PageRequest, ...]
 
+    SUCCESS: ClassVar[int] = SUCCESS
+    INVALID: ClassVar[int] = INVALID
+
     @property
     def cookie(self) -> int:
         """What names the group in an answer."""

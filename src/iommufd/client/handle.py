@@ -106,12 +106,16 @@ class Handle:
         if not isinstance(error, OSError):
             assert error is not None
             return error
-        request = cmd if isinstance(cmd, str) else show(cmd, arg) if isinstance(arg, bytearray) else f"ioctl {cmd:#x}"
+        request = cmd if isinstance(cmd, str) else self._show(cmd, arg)
         number = error.errno or 0
         if isinstance(error, IommufdError):
             error.request = request
             return error
         return IommufdError(number, refused(number, request), request)
+
+    def _show(self, cmd: int, arg: bytearray | int) -> str:
+        """An ioctl on this kind of file, as a person reads it."""
+        return show(cmd, arg) if isinstance(arg, bytearray) else f"ioctl {cmd:#x}({arg:#x})"
 
     def _disown(self) -> None:
         if self._fd >= 0:

@@ -67,9 +67,10 @@ class _Registers:
     """Shows the decoded fields, too."""
 
     def features(self) -> dict[str, int | bool]:
-        """Every decoded field by name."""
-        cls = type(self)
-        return {name: getattr(self, name) for name, what in vars(cls).items() if isinstance(what, Bits | Bit)}
+        """Everything decoded, by name."""
+        found = vars(type(self)).items()
+        names = (name for name, what in found if isinstance(what, Bits | Bit | property) and name[-6:] != "_field")
+        return {name: getattr(self, name) for name in names}
 
     def __repr__(self) -> str:
         shown = (

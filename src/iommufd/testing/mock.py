@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
     from typing_extensions import Buffer
 
+    from iommufd.client.buffers import HasArrayInterface
     from iommufd.client.context import Context
     from iommufd.client.objects import PageTable
     from iommufd.client.veventq import VEventQueue
@@ -145,7 +146,7 @@ class MockAccess:
         self._rw(iova, length, memory.address, t.MOCK_ACCESS_RW_SLOW_PATH if slow else 0)
         return memory.bytes()
 
-    def write(self, iova: int | Mapping, data: Buffer, *, slow: bool = False) -> None:
+    def write(self, iova: int | Mapping, data: Buffer | HasArrayInterface, *, slow: bool = False) -> None:
         """Writes ``data`` at ``iova``."""
         at = iova.iova if isinstance(iova, Mapping) else number(iova, "iova")
         address, length = where(data)
@@ -201,7 +202,7 @@ def reserve(ioas: IOAS, start: int, length: int) -> None:
     ioas.context.do(t.test_add_reserved(id=ioas.id, start=number(start, "start"), length=number(length, "length")))
 
 
-def maps(hwpt: HWPT, mapping: Mapping, memory: Buffer) -> bool:
+def maps(hwpt: HWPT, mapping: Mapping, memory: Buffer | HasArrayInterface) -> bool:
     """Whether the hardware translates the mapping's IOVAs to the very pages of ``memory``, from its first byte on."""
     address, _ = where(memory)
     query = t.test_md_check_map(id=hwpt.id, iova=mapping.iova, length=mapping.length, uptr=address)

@@ -10,15 +10,14 @@ import errno
 import os
 import struct
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from iommufd.client.buffers import Scratch
-from iommufd.client.calls import refused
 from iommufd.client.device import Device
 from iommufd.client.errors import IommufdError
 from iommufd.client.handle import Handle
 from iommufd.client.numbers import instance, number
-from iommufd.client.vfio.chain import chain, query
+from iommufd.client.vfio.chain import DeviceHandle, ask, chain, query
 from iommufd.client.vfio.discovery import device_file
 from iommufd.client.vfio.irqs import Irq
 from iommufd.client.vfio.regions import Region
@@ -72,7 +71,7 @@ def open(where: str | os.PathLike[str], context: Context, *, token: bytes | None
     except OSError as error:
         why = error.why if isinstance(error, IommufdError) else error.strerror
         raise IommufdError(error.errno or 0, f"{path} cannot be opened: {why}", f"open {path}") from None
-    handle = Handle(context.backend, fd, f"VFIO device {where}")
+    handle = DeviceHandle(context.backend, fd, f"VFIO device {where}")
     try:
         return VFIODevice(context, _bind(handle, context, token), handle, path)
     except BaseException:
@@ -86,7 +85,7 @@ def _bind(handle: Handle, context: Context, token: bytes | None) -> int:
         if len(token) != 16:
             raise ValueError(f"a token has 16 bytes, not {len(token)}")
         flags, uuid = v.VFIO_DEVICE_BIND_FLAG_TOKEN, Scratch(bytes(token))
-    return _ask(
+    return ask(
         handle,
         v.VFIO_DEVICE_BIND_IOMMUFD,
         v.vfio_device_bind_iommufd(
@@ -96,21 +95,6 @@ def _bind(handle: Handle, context: Context, token: bytes | None) -> int:
             token_uuid_ptr=uuid.address if flags else 0,
         ),
     ).out_devid
-
-
-def _ask(handle: Handle, cmd: int, question: S, size: int | None = None) -> S:
-    """One VFIO call with a struct, of which the kernel is told ``size`` bytes."""
-    fields: Any = question
-    fields.argsz = size if size is not None else question.SIZE
-    data = bytearray(question.pack())
-    try:
-        handle.ioctl(cmd, data)
-    except IommufdError as error:
-        error.request = repr(question)
-        if error.why == refused(error.errno or 0, f"ioctl {cmd:#x}"):  # nobody said why
-            raise IommufdError(error.errno or 0, refused(error.errno or 0, error.request), error.request) from None
-        raise
-    return type(question).unpack(data)
 
 
 class VFIODevice(Device):
@@ -132,13 +116,13 @@ class VFIODevice(Device):
         question = v.vfio_device_attach_iommufd_pt(
             flags=v.VFIO_DEVICE_ATTACH_PASID if pasid else 0, pt_id=pt_id, pasid=pasid
         )
-        return _ask(self._handle, v.VFIO_DEVICE_ATTACH_IOMMUFD_PT, question, None if pasid else 12).pt_id
+        return ask(self._handle, v.VFIO_DEVICE_ATTACH_IOMMUFD_PT, question, None if pasid else 12).pt_id
 
     _replace_pt = _attach_pt  # in VFIO attaching what is attached replaces
 
     def _detach_pt(self, pasid: int) -> None:
         question = v.vfio_device_detach_iommufd_pt(flags=v.VFIO_DEVICE_DETACH_PASID if pasid else 0, pasid=pasid)
-        _ask(self._handle, v.VFIO_DEVICE_DETACH_IOMMUFD_PT, question, None if pasid else 8)
+        ask(self._handle, v.VFIO_DEVICE_DETACH_IOMMUFD_PT, question, None if pasid else 8)
 
     def _unbind(self) -> None:
         self._handle.close_fd()

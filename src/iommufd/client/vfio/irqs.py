@@ -9,7 +9,8 @@ import struct
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Self
 
-from iommufd.client.numbers import number
+from iommufd.client.numbers import number, plural
+from iommufd.client.vfio.chain import ask
 from iommufd.uapi import vfio as v
 
 if TYPE_CHECKING:
@@ -86,10 +87,8 @@ class Irq:
 
     def __init__(self, handle: Handle, index: int) -> None:
         self._handle = handle
-        query = v.vfio_irq_info(argsz=v.vfio_irq_info.SIZE, index=number(index, "index", 2**32 - 1))
-        data = bytearray(query.pack())
-        handle.ioctl(v.VFIO_DEVICE_GET_IRQ_INFO, data)
-        info = v.vfio_irq_info.unpack(data)
+        query = v.vfio_irq_info(index=number(index, "index", 2**32 - 1))
+        info = ask(handle, v.VFIO_DEVICE_GET_IRQ_INFO, query)
         self.index = index
         self.count = info.count
         self.flags = v.vfio_irq_info_flags(info.flags)
@@ -129,4 +128,4 @@ class Irq:
         )
 
     def __repr__(self) -> str:
-        return f"<Irq {self.index}: {self.count} vector(s), {v.vfio_irq_info_flags(self.flags)!r}>"
+        return f"<Irq {self.index}: {plural(self.count, 'vector')}, {self.flags.name}>"

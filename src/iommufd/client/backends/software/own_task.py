@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 STRUCT = 0xFFFF_8000_0000_0000  # where the buffer of an ioctl appears: never a user address
 INITIAL_USER_NAMESPACE = 0xEFFFFFFD  # inode of /proc/PID/ns/user in the initial one
 
+
 class _CapHeader(ctypes.Structure):
     _fields_ = (("version", ctypes.c_uint32), ("pid", ctypes.c_int))
 
@@ -75,8 +76,8 @@ _unused = [_CapGet()]
 class OwnTask:
     """The calling thread for one call; ``buffer`` is the ioctl's struct, or None. See engine.task.Task.
 
-    What all calls of a backend share belongs to a class of its own, made by :func:`task_class`, so that a call costs one
-    small object."""
+    What all calls of a backend share belongs to a class of its own, made by :func:`task_class`, so that a call costs
+    one small object."""
 
     __slots__ = ("buffer",)
 
