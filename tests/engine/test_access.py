@@ -62,12 +62,12 @@ class TestLife:
         access = c.access()
         fails(errno.ENOENT, lambda: access.replace(c.ioas()))
 
-    def test_devices_8_3_1(self, c: Caller) -> None:
+    def test_devices_8_3_1(self, c: Caller) -> None:  # devices-8.3-1
         access = c.access()
         fails(errno.ENOENT, lambda: access.attach(99))
         fails(errno.ENOENT, lambda: access.attach(access.id))
 
-    def test_devices_8_3_3_same_ioas(self, c: Caller) -> None:
+    def test_devices_8_3_3_same_ioas(self, c: Caller) -> None:  # devices-8.3-3, devices-8.3-8
         calls: list[tuple[int, int]] = []
         ioas = c.ioas()
         access = c.access(ioas, unmap=lambda *a: calls.append(a))
@@ -76,7 +76,7 @@ class TestLife:
         access.destroy_access()
         c.do(u.iommu_destroy(id=ioas))
 
-    def test_devices_8_3_5_keeps_the_old_attachment(self, c: Caller) -> None:
+    def test_devices_8_3_5_keeps_the_old_attachment(self, c: Caller) -> None:  # devices-8.3-5
         calls: list[tuple[int, int]] = []
         a, b = c.ioas(), c.ioas()
         c.map(a, 0x1000, P)
@@ -88,7 +88,7 @@ class TestLife:
         access.unpin_pages(0x1000, P)
         c.do(u.iommu_destroy(id=b))
 
-    def test_devices_8_3_5_slots(self, c: Caller) -> None:
+    def test_devices_8_3_5_slots(self, c: Caller) -> None:  # devices-8.3-5
         ioas = c.ioas()
         first, second = c.access(ioas), c.access(ioas)
         first.detach()
@@ -97,7 +97,9 @@ class TestLife:
         assert c.table(ioas).accesses[0] is third
         assert second.slot == 1
 
-    def test_devices_8_3_6_callback_runs_unlocked_and_may_unpin(self, c: Caller) -> None:
+    def test_devices_8_3_6_callback_runs_unlocked_and_may_unpin(
+        self, c: Caller
+    ) -> None:  # devices-8.3-2, devices-8.3-6
         a, b = c.ioas(), c.ioas()
         c.map(a, 0x1000, P)
         calls: list[tuple[int, int]] = []
@@ -105,7 +107,7 @@ class TestLife:
         def unmap(iova: int, length: int) -> None:
             assert not c.world.lock.locked()
             calls.append((iova, length))
-            fails(errno.ENOENT, lambda: access.pin_pages(0x1000, P, write=False))  # step 4
+            fails(errno.ENOENT, lambda: access.pin_pages(0x1000, P, write=False))  # devices-8.3-4
             fails(errno.EBUSY, lambda: access.attach(b))  # step 2
             fails(errno.ENOENT, lambda: access.replace(b))
             access.detach()  # not attached: nothing
@@ -119,7 +121,7 @@ class TestLife:
         c.do(u.iommu_destroy(id=a))  # step 7: the count is gone
         c.refuses(errno.EBUSY, u.iommu_destroy(id=b))
 
-    def test_destroy_detaches_with_a_last_callback(self, c: Caller) -> None:
+    def test_destroy_detaches_with_a_last_callback(self, c: Caller) -> None:  # devices-8.3-7
         ioas = c.ioas()
         c.map(ioas, 0x1000, P)
         calls: list[tuple[int, int]] = []
@@ -169,7 +171,7 @@ class TestLife:
 class TestPin:
     """devices 8.4, core 5.6."""
 
-    def test_devices_8_4_1(self, c: Caller) -> None:
+    def test_devices_8_4_1(self, c: Caller) -> None:  # devices-8.4-1
         ioas = c.ioas()
         fails(errno.EINVAL, lambda: c.access(ioas, pins=False).pin_pages(0, P, write=False))
         fails(errno.EINVAL, lambda: c.access(ioas, unmap=None).pin_pages(0, P, write=False))
@@ -177,15 +179,15 @@ class TestPin:
     @pytest.mark.parametrize(
         ("iova", "length", "number"),
         [
-            pytest.param(0, 0, errno.EINVAL, id="core-5.6-1-zero"),
-            pytest.param(ULMAX, 2, errno.EOVERFLOW, id="core-5.6-1-overflow"),
-            pytest.param(0x1000, P, errno.ENOENT, id="core-5.6-1-not-attached"),
+            pytest.param(0, 0, errno.EINVAL, id="core-5.6-1 devices-8.4-2 zero"),
+            pytest.param(ULMAX, 2, errno.EOVERFLOW, id="core-5.6-1 devices-8.4-3 overflow"),
+            pytest.param(0x1000, P, errno.ENOENT, id="core-5.6-1 devices-8.4-4 not-attached"),
         ],
     )
-    def test_core_5_6_1(self, c: Caller, iova: int, length: int, number: int) -> None:
+    def test_core_5_6_1(self, c: Caller, iova: int, length: int, number: int) -> None:  # core-5.6-1
         fails(number, lambda: c.access().pin_pages(iova, length, write=False))
 
-    def test_core_5_6_2_page_offset(self, c: Caller) -> None:
+    def test_core_5_6_2_page_offset(self, c: Caller) -> None:  # core-5.6-2, devices-8.4-5b
         ioas = c.ioas()
         access = c.access(ioas)
         c.map(ioas, 0x1000, 2 * P)
@@ -193,7 +195,7 @@ class TestPin:
         access.unpin_pages(0x1010, 8)
         c.quiet()
 
-    def test_core_5_6_2_memory_not_iova(self, c: Caller) -> None:
+    def test_core_5_6_2_memory_not_iova(self, c: Caller) -> None:  # core-5.6-2
         """A page-aligned IOVA over sub-page memory; the area appeared before the access raised the alignment."""
         ioas = c.ioas()
         c.map(ioas, 0x1800, 0x800, BUFFER)
@@ -207,7 +209,7 @@ class TestPin:
         fails(errno.EINVAL, lambda: access.pin_pages(0x1800, 0x900, write=False))  # ends mid-page and goes on
         assert pinned_frames(c.world) == 1
 
-    def test_core_5_6_3(self, c: Caller) -> None:
+    def test_core_5_6_3(self, c: Caller) -> None:  # core-5.6-3, devices-8.4-5c
         ioas = c.ioas()
         access = c.access(ioas)
         c.map(ioas, 0x1000, P, flags=R)
@@ -218,7 +220,7 @@ class TestPin:
         fails(errno.EPERM, lambda: access.pin_pages(0x1000, 2 * P, write=False))
         assert pinned_frames(c.world) == 1
 
-    def test_core_5_6_5(self, c: Caller) -> None:
+    def test_core_5_6_5(self, c: Caller) -> None:  # core-5.6-5, devices-8.4-5
         ioas = c.ioas()
         access = c.access(ioas)
         buffer = TestDmaBuf(c.world, 2)
@@ -228,7 +230,7 @@ class TestPin:
         fails(errno.EINVAL, lambda: access.pin_pages(0x1000, P, write=False))
         assert next(c.table(ioas).areas.values()).accesses == 0
 
-    def test_core_5_6_6(self, c: Caller) -> None:
+    def test_core_5_6_6(self, c: Caller) -> None:  # core-5.6-6, devices-8.4-5d
         ioas = c.ioas()
         access = c.access(ioas)
         c.map(ioas, 0x1000, P)
@@ -239,7 +241,7 @@ class TestPin:
         assert c.unmap(ioas, 0, ULMAX) == 2 * P
 
     @pytest.mark.parametrize(("iova", "length"), [(0x0, P), (0x1000, 2 * P), (0x1000, P + 1), (0x3000, 2 * P)])
-    def test_core_5_6_7(self, c: Caller, iova: int, length: int) -> None:
+    def test_core_5_6_7(self, c: Caller, iova: int, length: int) -> None:  # core-5.6-7, devices-8.4-6
         ioas = c.ioas()
         access = c.access(ioas)
         c.map(ioas, 0x1000, P)
@@ -247,7 +249,7 @@ class TestPin:
         fails(errno.ENOENT, lambda: access.pin_pages(iova, length, write=False))
         c.quiet()
 
-    def test_over_several_areas(self, c: Caller) -> None:
+    def test_over_several_areas(self, c: Caller) -> None:  # devices-8.4-7
         ioas = c.ioas()
         access = c.access(ioas)
         c.map(ioas, 0x1000, 2 * P, BUFFER)
@@ -320,12 +322,12 @@ class TestCopy:
         access = c.access(pins=False)
         fails(number, lambda: access.read(c.proc.task(), iova, length))
 
-    def test_devices_8_7_4(self, c: Caller, ioas: int) -> None:
+    def test_devices_8_7_4(self, c: Caller, ioas: int) -> None:  # devices-8.7-4
         access = c.access(ioas, pins=False)
         next(c.table(ioas).areas.values()).prevent_access = True
         fails(errno.EINVAL, lambda: access.read(c.proc.task(), 0x1000, 1))
 
-    def test_devices_8_7_5(self, c: Caller) -> None:
+    def test_devices_8_7_5(self, c: Caller) -> None:  # devices-8.7-5
         ioas = c.ioas()
         c.map(ioas, 0x1000, P, flags=R)
         c.map(ioas, 0x2000, P, flags=W)
@@ -334,7 +336,7 @@ class TestCopy:
         fails(errno.EPERM, lambda: access.read(c.proc.task(), 0x2000, 1))
         access.write(c.proc.task(), 0x2000, b"x")
 
-    def test_devices_8_7_copy_1(self, c: Caller) -> None:
+    def test_devices_8_7_copy_1(self, c: Caller) -> None:  # core-5.6-4, devices-8.7-copy-1
         """A writable area over a backing that is not: only COPY could make one, and refuses to."""
         ioas = c.ioas()
         c.map(ioas, 0x1000, P, flags=R)
@@ -342,7 +344,7 @@ class TestCopy:
         access = c.access(ioas, pins=False)
         fails(errno.EPERM, lambda: access.write(c.proc.task(), 0x1000, b"x"))
 
-    def test_devices_8_7_7(self, c: Caller, ioas: int) -> None:
+    def test_devices_8_7_7(self, c: Caller, ioas: int) -> None:  # devices-8.7-7
         """Areas before the gap stay copied."""
         access = c.access(ioas, pins=False)
         fails(errno.ENOENT, lambda: access.write(c.proc.task(), 0x4FFE, b"abcd"))
@@ -352,6 +354,7 @@ class TestCopy:
     @pytest.mark.parametrize("flags", [0, ACCESS_RW_SLOW_PATH, ACCESS_RW_KTHREAD])
     @pytest.mark.parametrize(("iova", "length"), [(0x1000, 1), (0x1FF0, 32), (0x1003, 3 * P), (0x1000, 4 * P)])
     def test_reads_and_writes_any_bytes(self, c: Caller, ioas: int, flags: int, iova: int, length: int) -> None:
+        # devices-8.7-6
         access = c.access(ioas, pins=False)
         task = c.proc.task()
         at = BUFFER + iova - 0x1000
@@ -361,7 +364,7 @@ class TestCopy:
         assert c.host.peek(at, length) == data
         c.quiet()
 
-    def test_direct_copy_ignores_pinned_frames(self, c: Caller, ioas: int) -> None:
+    def test_direct_copy_ignores_pinned_frames(self, c: Caller, ioas: int) -> None:  # devices-8.7-copy-6
         c.add_domain(ioas)
         access = c.access(ioas, pins=False)
         c.proc.unmap(BUFFER, 4)
@@ -376,7 +379,7 @@ class TestCopy:
         fails(errno.EFAULT, lambda: access.write(c.proc.task(), 0x1000, b"x"))
         access.read(c.proc.task(), 0x1000, 1)
 
-    def test_one_page_of_another_process(self, c: Caller, ioas: int) -> None:
+    def test_one_page_of_another_process(self, c: Caller, ioas: int) -> None:  # devices-8.7-copy-4
         """The source's VA as it is now, even if a domain holds another frame."""
         c.add_domain(ioas)
         access = c.access(ioas, pins=False)
@@ -387,7 +390,7 @@ class TestCopy:
         assert access.read(other, 0x1000, 4) == b"new!"
         assert access.read(other, 0x1000, 2 * P)[:4] == b"\0\1\2\3"  # several pages: frames held first
 
-    def test_source_is_gone(self, c: Caller, ioas: int) -> None:
+    def test_source_is_gone(self, c: Caller, ioas: int) -> None:  # devices-8.7-copy-5
         access = c.access(ioas, pins=False)
         other = Caller(c.world, context=c.context).proc.task()
         second = c.ioas()
@@ -399,7 +402,7 @@ class TestCopy:
             assert len(access.read(task, 0x1001, P, flags)) == P
             fails(errno.EFAULT, lambda task=task, flags=flags: access.read(task, 0x3000, 1, flags))  # type: ignore[misc]
 
-    def test_file_is_always_the_slow_path(self, c: Caller) -> None:
+    def test_file_is_always_the_slow_path(self, c: Caller) -> None:  # devices-8.7-copy-3
         fd = os.memfd_create("test")
         try:
             os.ftruncate(fd, 2 * P)
@@ -416,7 +419,7 @@ class TestCopy:
         finally:
             os.close(fd)
 
-    def test_dma_buf(self, c: Caller) -> None:
+    def test_dma_buf(self, c: Caller) -> None:  # devices-8.7-copy-2
         ioas = c.ioas()
         buffer = TestDmaBuf(c.world, 2)
         c.proc.files[9] = lambda: buffer

@@ -38,12 +38,12 @@ def state(c: Caller) -> tuple[int, int, int]:
     return c.pinned_vm, c.locked_vm, c.user_pages
 
 
-def test_core_4_13_1() -> None:
+def test_core_4_13_1() -> None:  # core-4.13-1
     c = with_file()
     c.refuses(errno.EOPNOTSUPP, u.iommu_ioas_change_process(reserved=1))
 
 
-def test_nothing_to_do() -> None:
+def test_nothing_to_do() -> None:  # core-4.13-2
     c = with_file()
     change(c)
     c.ioas()
@@ -51,7 +51,7 @@ def test_nothing_to_do() -> None:
 
 
 @pytest.mark.parametrize("kind", ["memory", "dma-buf"])
-def test_core_4_13_4(kind: str) -> None:
+def test_core_4_13_4(kind: str) -> None:  # core-4.13-4
     """Not of file type: the first offending area decides, nothing changed."""
     c = with_file()
     ioas = c.ioas()
@@ -68,7 +68,7 @@ def test_core_4_13_4(kind: str) -> None:
     assert state(c) == before
 
 
-def test_core_4_13_5() -> None:
+def test_core_4_13_5() -> None:  # core-4.13-5
     """The heir must be able to pay; nothing changed otherwise."""
     c = with_file()
     ioas = c.ioas()
@@ -92,7 +92,7 @@ def test_charge_comes_before_uncharge() -> None:
     assert (c.pinned_vm, twin.pinned_vm, c.user_pages) == (0, 4, 4)
 
 
-def test_core_4_13_6() -> None:
+def test_core_4_13_6() -> None:  # core-4.13-6
     c = with_file()
     a, b = c.ioas(), c.ioas()
     c.add_domain(a)

@@ -70,7 +70,7 @@ class TestInProgress:
         gate.open()
         job.result()
 
-    def test_unmap(self, c: Caller) -> None:
+    def test_unmap(self, c: Caller) -> None:  # core-4.12-a, devices-8.6-1
         """EBUSY; areas below it are already gone."""
         ioas = c.ioas()
         c.add_domain(ioas)
@@ -106,7 +106,7 @@ class TestInProgress:
         gate.open()
         job.result()
 
-    def test_change_process(self, c: Caller) -> None:
+    def test_change_process(self, c: Caller) -> None:  # core-4.13-3
         ioas = c.ioas()
         c.add_domain(ioas)
         gate, job = stopped_map(c, ioas)

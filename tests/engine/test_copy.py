@@ -79,7 +79,7 @@ class TestSyz:
         c.refuses(errno.ENOENT, syz(1, 9, 5))
 
 
-def test_core_4_11_10(c: Caller) -> None:
+def test_core_4_11_10(c: Caller) -> None:  # core-4.11-10
     s, d = c.ioas(), c.ioas()
     c.map(s, 0x1000, P)
     assert c.copy(d, s, 0x1000, P) == 0x1000

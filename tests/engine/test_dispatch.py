@@ -99,7 +99,7 @@ def test_compat_commands_get_the_whole_number(c: Caller) -> None:
     assert seen == [(0x3B64, 0), (0xFFFF3B05, 1)]
 
 
-def test_core_1_3_row_7_missing_tail_is_zero(c: Caller) -> None:
+def test_core_1_3_row_7_missing_tail_is_zero(c: Caller) -> None:  # core-1.3-7
     """A struct of an older header: fields behind ``size`` read as zero, whatever lies there."""
     seen: list[u.iommu_hw_info] = []
 
@@ -118,7 +118,7 @@ class _Thing(Object):
     kind = "THING"
 
 
-def test_core_1_3_row_9_objects_are_published_or_undone(c: Caller) -> None:
+def test_core_1_3_row_9_objects_are_published_or_undone(c: Caller) -> None:  # core-1.3-9
     made: list[_Thing] = []
     fail = True
 
@@ -177,7 +177,7 @@ class TestCopyBack:
         fails(errno.EOPNOTSUPP, lambda: c.raw(ALLOC, data))
         assert c.host.peek(ARG, 12) == data
 
-    def test_rule_3_object_creation_is_undone(self, c: Caller) -> None:
+    def test_rule_3_object_creation_is_undone(self, c: Caller) -> None:  # core-4.4-3
         c.host.map(ARG, 2, READ)
         c.host.poke(ARG, u.iommu_ioas_alloc(size=12).pack())
         fails(errno.EFAULT, lambda: c.context.ioctl(c.proc.task(), ALLOC, ARG))

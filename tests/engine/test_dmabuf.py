@@ -56,10 +56,10 @@ class Refusing(TestDmaBuf):
 
 class TestRows:
     @pytest.mark.parametrize(("start", "length"), [(0, 16 * P + 1), (16 * P, 1), (P, 16 * P), (0, ULMAX - 1)])
-    def test_core_7_1(self, c: Caller, buffer: TestDmaBuf, start: int, length: int) -> None:
+    def test_core_7_1(self, c: Caller, buffer: TestDmaBuf, start: int, length: int) -> None:  # core-7-1
         assert "0x10000" in c.refuses(errno.EINVAL, map_file(c.ioas(), length, start))
 
-    def test_core_7_2(self, c: Caller, buffer: TestDmaBuf) -> None:
+    def test_core_7_2(self, c: Caller, buffer: TestDmaBuf) -> None:  # core-7-2
         buffer.size = 2**60
         c.refuses(errno.EINVAL, map_file(c.ioas(), (2**32 - 1) * P))
 
@@ -80,7 +80,7 @@ class TestRows:
         assert buffer.references == 1
         assert not buffer._importers
 
-    def test_core_7_7(self, c: Caller, buffer: TestDmaBuf) -> None:
+    def test_core_7_7(self, c: Caller, buffer: TestDmaBuf) -> None:  # core-7-7
         """A refusal of the mapping core gives the attachment back."""
         ioas = c.ioas()
         c.do(map_file(ioas, P, iova=0x1000))
@@ -88,7 +88,7 @@ class TestRows:
         assert (buffer.references, len(buffer._importers)) == (2, 1)
 
 
-def test_mapped_addresses(c: Caller, buffer: TestDmaBuf) -> None:
+def test_mapped_addresses(c: Caller, buffer: TestDmaBuf) -> None:  # core-4.10-7
     """Index i is at the exporter's base plus the page-rounded start plus i pages; MMIO, nothing pinned or charged."""
     ioas = c.ioas()
     domain = c.add_domain(ioas, ExtentDomain(0xFFFFF800))

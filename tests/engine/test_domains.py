@@ -56,7 +56,7 @@ class TestAlignment:
         plain.destroy_access()
 
     @pytest.mark.parametrize(("iova", "offset", "length"), [(0x400, 0, 0x800), (0, 0x400, 0x800), (0, 0, 0x400)])
-    def test_areas_must_conform(self, c: Caller, iova: int, offset: int, length: int) -> None:
+    def test_areas_must_conform(self, c: Caller, iova: int, offset: int, length: int) -> None:  # devices-3.8-domain-2
         ioas = c.ioas()
         c.map(ioas, 0x10000 + iova, length, BUFFER + offset)
         assert "0x800" in fails(errno.EADDRINUSE, lambda: c.add_domain(ioas, ExtentDomain(0xFFFFF800)))
@@ -68,23 +68,23 @@ class TestAlignment:
 class TestAdd:
     """core 4.3, "domain added"."""
 
-    def test_core_4_3_1(self, c: Caller) -> None:
+    def test_core_4_3_1(self, c: Caller) -> None:  # core-4.3-1, devices-3.8-domain-1
         fails(errno.EINVAL, lambda: c.add_domain(c.ioas(), ExtentDomain(0xFFFF2000)))
 
-    def test_core_4_3_2(self, c: Caller) -> None:
+    def test_core_4_3_2(self, c: Caller) -> None:  # core-4.3-2, devices-3.8-domain-3
         ioas = c.ioas()
         c.map(ioas, 0xFFF000, P)
         fails(errno.EADDRINUSE, lambda: c.add_domain(ioas, ExtentDomain(0xFFFFF000, 0x1000000)))
         assert c.table(ioas).reserved == []
         assert c.table(ioas).iova_alignment == 1
 
-    def test_core_4_3_3(self, c: Caller) -> None:
+    def test_core_4_3_3(self, c: Caller) -> None:  # core-4.3-3, devices-3.8-domain-3
         ioas = c.ioas()
         c.map(ioas, 0x80000000, P)
         fails(errno.EADDRINUSE, lambda: c.add_domain(ioas, ExtentDomain(0xFFFFF000, 0x1000000, 0x7FFFFFFF)))
         assert c.table(ioas).reserved == []
 
-    def test_core_4_3_4(self, c: Caller) -> None:
+    def test_core_4_3_4(self, c: Caller) -> None:  # core-4.3-4, devices-3.8-domain-4
         """Any failure restores reservations, pins, accounting and domain content."""
         ioas = c.ioas()
         c.map(ioas, 0x1000000, 2 * P)
@@ -97,7 +97,7 @@ class TestAdd:
         assert list(domain.segments(0, 2**40)) == []
         c.quiet()
 
-    def test_core_4_3_5(self, c: Caller) -> None:
+    def test_core_4_3_5(self, c: Caller) -> None:  # core-4.3-5, devices-3.8-domain-5
         ioas = c.ioas()
         c.map(ioas, 0x10000, 2 * P)
         c.map(ioas, 0x20000, P, BUFFER + 4 * P)

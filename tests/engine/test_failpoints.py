@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from iommufd.engine import failpoints
-from iommufd.engine.fail import POINTS, fail_nth
+from iommufd.engine.fail import POINTS, fail_nth, fail_rule
 from iommufd.errors import KernelError
 from iommufd.uapi import iommufd as u
-from tests.engine.fakes import BUFFER, ULMAX, Caller, copy_struct, map_struct
+from tests.engine.fakes import ARRAY, BUFFER, ULMAX, Caller, copy_struct, map_struct
 
 P = 4096
 
@@ -157,8 +157,23 @@ def test_charge_point_counts_in_none_mode(c: Caller) -> None:
     assert points(c, lambda: c.map(a, 0x1000, P))[-1] == "ENOMEM"
 
 
-def test_allocation_points_when_asked_for(c: Caller) -> None:
+def test_allocation_points_when_asked_for(c: Caller) -> None:  # core-4.7-1, core-4.9-7
     """core 4.7 row 1, 4.9 row 7: memory for areas and pages objects, injected only with failslab's knob."""
     a, _ = c.ioas(), c.ioas()
     c.world.injector.configure(c.world.injector.failslab, ignore_gfp_wait=False)
     assert points(c, lambda: c.do(map_struct(a, 0x1000, P)))[:3] == ["ENOENT", "ENOMEM", "ENOMEM"]
+
+
+def test_allocation_points_of_allowed_ranges_and_cuts(c: Caller) -> None:
+    """core-4.6-6, core-4.15-5."""
+    a, _ = c.ioas(), c.ioas()
+    c.map(a, 0x1000, 4 * P)
+    injector = c.world.injector
+    injector.configure(injector.failslab, ignore_gfp_wait=False)
+    c.host.poke(ARRAY, b"".join(x.to_bytes(8, "little") for x in (0, 9, 10, 19)))
+    struct = u.iommu_ioas_allow_iovas(ioas_id=a, num_iovas=2, allowed_iovas=ARRAY)
+    assert points(c, lambda: c.do(struct)) == ["ENOENT", "ENOMEM", "ENOMEM"]
+    with fail_rule(c.world, "*:point=slab"), pytest.raises(KernelError) as caught:
+        c.table(a).cut(0x1FFF)
+    assert caught.value.errno == errno.ENOMEM
+    assert c.areas(a) == [(0x1000, 0x4FFF)]

@@ -39,14 +39,14 @@ def allow(c: Caller, ioas: int, *entries: tuple[int, int], at: int = ARRAY) -> u
 class TestAlloc:
     """core 4.4."""
 
-    def test_core_4_4_1(self, c: Caller) -> None:
+    def test_core_4_4_1(self, c: Caller) -> None:  # core-4.4-1
         c.refuses(errno.EOPNOTSUPP, u.iommu_ioas_alloc(flags=1))
 
-    def test_core_4_4_2(self, c: Caller) -> None:
+    def test_core_4_4_2(self, c: Caller) -> None:  # core-4.4-2
         c.context.objects._next = 2**31
         c.refuses(errno.EBUSY, u.iommu_ioas_alloc())
 
-    def test_core_4_4_4_a_new_one(self, c: Caller) -> None:
+    def test_core_4_4_4_a_new_one(self, c: Caller) -> None:  # core-4.4-4
         ioas = c.ioas()
         assert ioas == 1
         out = c.do(ranges(c, ioas, 1))
@@ -59,13 +59,13 @@ class TestAlloc:
 class TestIovaRanges:
     """core 4.5."""
 
-    def test_core_4_5_1(self, c: Caller) -> None:
+    def test_core_4_5_1(self, c: Caller) -> None:  # core-4.5-1
         c.refuses(errno.EOPNOTSUPP, u.iommu_ioas_iova_ranges(ioas_id=99, reserved=1))
 
-    def test_core_4_5_2(self, c: Caller) -> None:
+    def test_core_4_5_2(self, c: Caller) -> None:  # core-4.5-2
         c.refuses(errno.ENOENT, ranges(c, 99, 0))
 
-    def test_core_4_5_3(self, c: Caller) -> None:
+    def test_core_4_5_3(self, c: Caller) -> None:  # core-4.5-3
         ioas = c.ioas()
         table = c.table(ioas)
         table.reserve(0x1000, 0x1FFF, None)
@@ -74,7 +74,7 @@ class TestIovaRanges:
         assert pairs(c, 1, ARRAY_END - 16) == [(0, 0xFFF)]  # the entry before stays written
         assert c.after(u.iommu_ioas_iova_ranges) == struct  # the struct is not updated
 
-    def test_core_4_5_4(self, c: Caller) -> None:
+    def test_core_4_5_4(self, c: Caller) -> None:  # core-4.5-4
         ioas = c.ioas()
         table = c.table(ioas)
         for first, last in ((0x5000, 0x5FFF), (0x1000, 0x2FFF), (0x2000, 0x3FFF), (0x4000, 0x4FFF)):
@@ -83,7 +83,7 @@ class TestIovaRanges:
         assert out.num_iovas == 2
         assert pairs(c, 2) == [(0, 0xFFF), (0x6000, ULMAX)]
 
-    def test_core_4_5_5(self, c: Caller) -> None:
+    def test_core_4_5_5(self, c: Caller) -> None:  # core-4.5-5
         ioas = c.ioas()
         c.table(ioas).reserve(0x1000, 0x1FFF, None)
         assert "2 ranges" in c.refuses(errno.EMSGSIZE, ranges(c, ioas, 1))
@@ -115,38 +115,38 @@ class TestIovaRanges:
 class TestAllowIovas:
     """core 4.6."""
 
-    def test_core_4_6_1(self, c: Caller) -> None:
+    def test_core_4_6_1(self, c: Caller) -> None:  # core-4.6-1
         c.refuses(errno.EOPNOTSUPP, u.iommu_ioas_allow_iovas(ioas_id=99, reserved=1))
 
-    def test_core_4_6_2(self, c: Caller) -> None:
+    def test_core_4_6_2(self, c: Caller) -> None:  # core-4.6-2
         c.refuses(errno.ENOENT, u.iommu_ioas_allow_iovas(ioas_id=99))
 
-    def test_core_4_6_3(self, c: Caller) -> None:
+    def test_core_4_6_3(self, c: Caller) -> None:  # core-4.6-3
         ioas = c.ioas()
         struct = allow(c, ioas, (1, 2), (5, 6), at=ARRAY_END - 24)
         assert "entry 1" in c.refuses(errno.EFAULT, struct)
 
-    def test_core_4_6_3_and_4_are_per_entry(self, c: Caller) -> None:
+    def test_core_4_6_3_and_4_are_per_entry(self, c: Caller) -> None:  # core-4.6-3
         ioas = c.ioas()
         assert "entry 0" in c.refuses(errno.EINVAL, allow(c, ioas, (2, 2), (5, 6), at=ARRAY_END - 16))
 
     @pytest.mark.parametrize("entry", [(5, 5), (6, 5), (ULMAX, 0)])
-    def test_core_4_6_4(self, c: Caller, entry: tuple[int, int]) -> None:
+    def test_core_4_6_4(self, c: Caller, entry: tuple[int, int]) -> None:  # core-4.6-4
         c.refuses(errno.EINVAL, allow(c, c.ioas(), entry))
 
     @pytest.mark.parametrize("entry", [(0x1FFF, 0x2500), (0x500, 0x1000), (0x1400, 0x1500), (0, ULMAX)])
-    def test_core_4_6_5(self, c: Caller, entry: tuple[int, int]) -> None:
+    def test_core_4_6_5(self, c: Caller, entry: tuple[int, int]) -> None:  # core-4.6-5
         why = c.refuses(errno.EINVAL, allow(c, c.ioas(), (0x1000, 0x1FFF), entry))
         assert "[0x1000, 0x1fff]" in why
 
-    def test_core_4_6_7(self, c: Caller) -> None:
+    def test_core_4_6_7(self, c: Caller) -> None:  # core-4.6-7
         ioas = c.ioas()
         c.table(ioas).reserve(0x3000, 0x3FFF, None)
         c.do(allow(c, ioas, (0x8000, 0x8FFF)))
         c.refuses(errno.EADDRINUSE, allow(c, ioas, (0x1000, 0x1FFF), (0x2000, 0x3000)))
         assert list(c.table(ioas).allowed) == [(0x8000, 0x8FFF)]
 
-    def test_core_4_6_8(self, c: Caller) -> None:
+    def test_core_4_6_8(self, c: Caller) -> None:  # core-4.6-8
         ioas = c.ioas()
         c.map(ioas, 0x10000, 4096)  # existing areas are not examined
         c.do(allow(c, ioas, (0x4000, 0x4FFF), (0x2000, 0x2FFF), (0x3000, 0x3FFF)))

@@ -138,7 +138,7 @@ def test_write_only_is_legal(c: Caller) -> None:
     c.map(c.ioas(), 0, P, flags=W)
 
 
-def test_core_4_9_9_the_chosen_iova_goes_back(c: Caller) -> None:
+def test_core_4_9_9_the_chosen_iova_goes_back(c: Caller) -> None:  # core-4.9-9
     ioas = c.ioas()
     assert c.map(ioas, None, P) == 0x1000
     assert c.map(ioas, None, P) == 0x2000
@@ -146,7 +146,7 @@ def test_core_4_9_9_the_chosen_iova_goes_back(c: Caller) -> None:
     assert c.map(ioas, None, P, BUFFER + 0x800) == 0x4800
 
 
-def test_pages_are_pinned_once_and_mapped(c: Caller) -> None:
+def test_pages_are_pinned_once_and_mapped(c: Caller) -> None:  # core-4.9-8, core-4.7-7, core-4.7-8
     ioas = c.ioas()
     domain = c.add_domain(ioas)
     c.map(ioas, 0x10000, 3 * P, BUFFER)

@@ -36,24 +36,24 @@ def c() -> Caller:
     return caller
 
 
-def test_not_built() -> None:
+def test_not_built() -> None:  # devices-9.3-0
     c = Caller()
     c.refuses(errno.EOPNOTSUPP, get(9, ULMAX, 0, flags=1))
 
 
-def test_core_4_14_1(c: Caller) -> None:
+def test_core_4_14_1(c: Caller) -> None:  # core-4.14-1, devices-9.3-1
     c.proc.caps.clear()
     c.refuses(errno.EPERM, get(9, ULMAX, 0, flags=1))
 
 
 REFUSED: list[tuple[Any, ...]] = [
-    ("core-4.14-2-flags", errno.EOPNOTSUPP, lambda i: get(9, ULMAX, 0, flags=1)),
-    ("core-4.14-2-reserved", errno.EOPNOTSUPP, lambda i: get(9, ULMAX, 0, reserved=1)),
-    ("core-4.14-3", errno.EINVAL, lambda i: get(9, ULMAX, 0)),
-    ("core-4.14-4", errno.EOVERFLOW, lambda i: get(9, ULMAX)),
-    ("core-4.14-5", errno.ENOENT, lambda i: get(9, 0)),
-    ("core-4.14-6", errno.ENOENT, lambda i: get(i, 0)),
-    ("core-4.14-8-no-domain", errno.EOPNOTSUPP, lambda i: get(i, 0x1000)),
+    ("core-4.14-2 devices-9.3-2-flags", errno.EOPNOTSUPP, lambda i: get(9, ULMAX, 0, flags=1)),
+    ("core-4.14-2 devices-9.3-2-reserved", errno.EOPNOTSUPP, lambda i: get(9, ULMAX, 0, reserved=1)),
+    ("core-4.14-3 devices-9.3-3", errno.EINVAL, lambda i: get(9, ULMAX, 0)),
+    ("core-4.14-4 devices-9.3-4", errno.EOVERFLOW, lambda i: get(9, ULMAX)),
+    ("core-4.14-5 devices-9.3-5", errno.ENOENT, lambda i: get(9, 0)),
+    ("core-4.14-6 devices-9.3-6", errno.ENOENT, lambda i: get(i, 0)),
+    ("core-4.14-8 devices-9.3-8-no-domain", errno.EOPNOTSUPP, lambda i: get(i, 0x1000)),
 ]
 
 
@@ -64,7 +64,7 @@ def test_refused(c: Caller, number: int, row: Callable[[int], Struct]) -> None:
     c.refuses(number, row(ioas))
 
 
-def test_core_4_14_8_is_about_the_storage_domain(c: Caller) -> None:
+def test_core_4_14_8_is_about_the_storage_domain(c: Caller) -> None:  # core-4.14-8, devices-9.3-8
     """The first domain of the IOAS; another kind there refuses even if a no-IOMMU one is present."""
     ioas = c.ioas()
     other = c.add_domain(ioas)
@@ -75,7 +75,7 @@ def test_core_4_14_8_is_about_the_storage_domain(c: Caller) -> None:
     c.do(get(ioas, 0x1000))
 
 
-def test_core_4_14_7(c: Caller) -> None:
+def test_core_4_14_7(c: Caller) -> None:  # core-4.14-7, devices-9.3-7
     ioas = c.ioas()
     c.add_domain(ioas, noiommu())
     buffer = TestDmaBuf(c.world, 4)
@@ -87,7 +87,7 @@ def test_core_4_14_7(c: Caller) -> None:
     c.refuses(errno.EINVAL, get(ioas, 0x1000))
 
 
-def test_core_4_14_9(c: Caller) -> None:
+def test_core_4_14_9(c: Caller) -> None:  # core-4.14-9, devices-9.3-9
     """Ordinary pages are never contiguous; the rest of the page, cut to what was asked."""
     ioas = c.ioas()
     domain = c.add_domain(ioas, noiommu())

@@ -119,7 +119,7 @@ class TestStates:
 class TestDestroy:
     """core 2.5."""
 
-    def test_row_1_and_2(self, context: Context) -> None:
+    def test_row_1_and_2(self, context: Context) -> None:  # core-2.5-1, core-2.5-2, core-2.5-5
         thing = new(context)
         why(errno.ENOENT, lambda: context.objects.destroy(0))
         context.objects.get(thing.id)
@@ -129,7 +129,7 @@ class TestDestroy:
         assert thing.log == ["destroy"]
         why(errno.ENOENT, lambda: context.objects.destroy(thing.id))
 
-    def test_row_4_waits_for_stragglers(self, context: Context) -> None:
+    def test_row_4_waits_for_stragglers(self, context: Context) -> None:  # core-2.5-4
         thing = new(context)
         context.objects.get(thing.id)
         thing.users -= 1  # a link that dropped users but not yet wait

@@ -34,7 +34,7 @@ REFUSED: list[tuple[Any, ...]] = [
     ("core-4.12-3-length", errno.EOVERFLOW, lambda i: unmap(i, 1, ULMAX)),
     ("core-4.12-4", errno.EINVAL, lambda i: unmap(i, 0, 0)),
     ("core-4.12-5", errno.EOVERFLOW, lambda i: unmap(i, ULMAX - 1, 3)),
-    ("core-4.12-c-left", errno.ENOENT, lambda i: unmap(i, 0x1001, 0x10000)),
+    ("core-4.12-c-left devices-8.6-3", errno.ENOENT, lambda i: unmap(i, 0x1001, 0x10000)),
     ("core-4.12-c-right", errno.ENOENT, lambda i: unmap(i, 0x0, 0x2FFF)),
     ("core-4.12-7", errno.ENOENT, lambda i: unmap(i, 0x3000, 0x2000)),
 ]
@@ -54,7 +54,7 @@ def test_refused(c: Caller, number: int, row: Callable[[int], Struct], with_doma
 
 @pytest.mark.parametrize("with_domain", [False, True])
 class TestRemoval:
-    def test_core_4_12_2(self, c: Caller, with_domain: bool) -> None:
+    def test_core_4_12_2(self, c: Caller, with_domain: bool) -> None:  # core-4.12-2
         ioas = c.ioas()
         if with_domain:
             c.add_domain(ioas)
@@ -64,7 +64,7 @@ class TestRemoval:
         assert c.unmap(ioas, 0, ULMAX) == 3 * P
         c.quiet()
 
-    def test_core_4_12_8_gaps_do_not_count(self, c: Caller, with_domain: bool) -> None:
+    def test_core_4_12_8_gaps_do_not_count(self, c: Caller, with_domain: bool) -> None:  # core-4.12-8
         ioas = c.ioas()
         if with_domain:
             c.add_domain(ioas)
@@ -122,7 +122,7 @@ class Pinner:
 class TestCallbacks:
     """core 4.12 row d, devices 8.6."""
 
-    def test_core_4_12_b(self, c: Caller) -> None:
+    def test_core_4_12_b(self, c: Caller) -> None:  # core-4.12-b, devices-8.6-2
         """Locked by an internal access, which is tested before pins: no callback."""
         ioas = c.ioas()
         pinner = Pinner(c, ioas)
@@ -137,7 +137,7 @@ class TestCallbacks:
         c.unmap(ioas, 0, ULMAX)
         assert pinner.calls == [(0x1000, P)]
 
-    def test_core_4_12_d(self, c: Caller) -> None:
+    def test_core_4_12_d(self, c: Caller) -> None:  # core-4.12-d, devices-8.6-4
         """The callback gets the whole area; every external access is told, pins or not, in order of attachment."""
         ioas = c.ioas()
         order: list[str] = []
@@ -160,7 +160,7 @@ class TestCallbacks:
         c.unmap(ioas, 0x1000, P)
         assert pinner.calls == []
 
-    def test_edeadlock(self, c: Caller) -> None:
+    def test_edeadlock(self, c: Caller) -> None:  # core-5.6-2, devices-8.4-5a
         ioas = c.ioas()
         pinner = Pinner(c, ioas, stubborn=True)
         c.map(ioas, 0x1000, P)
@@ -180,6 +180,7 @@ class TestCallbacks:
 
     @pytest.mark.parametrize(("stride", "removed"), [(P, 100), (2 * P, 102)])
     def test_touching_areas_share_the_counter(self, c: Caller, stride: int, removed: int) -> None:
+        # devices-8.6-5, devices-8.6-6
         """Of 102 touching areas each with a pin, 100 go; with gaps between them all do."""
         ioas = c.ioas()
         pinner = Pinner(c, ioas)
@@ -249,26 +250,26 @@ class TestCut:
         self.cut(c, ioas, 0xFFFF)
         self.cut(c, ioas, 0x18000)
 
-    def test_core_4_15_1(self, c: Caller, ioas: int) -> None:
+    def test_core_4_15_1(self, c: Caller, ioas: int) -> None:  # core-4.15-1
         self.cut(c, ioas, 0x10000)
         self.cut(c, ioas, 0x17FFF)
         assert c.areas(ioas) == [(0x10000, 0x17FFF)]
 
-    def test_core_4_15_2(self, c: Caller, ioas: int) -> None:
+    def test_core_4_15_2(self, c: Caller, ioas: int) -> None:  # core-4.15-2
         next(c.table(ioas).areas.values()).prevent_access = True
         self.cut(c, ioas, 0x10FFF, errno.EBUSY)
 
-    def test_core_4_15_3(self, c: Caller) -> None:
+    def test_core_4_15_3(self, c: Caller) -> None:  # core-4.15-3
         ioas = c.ioas()
         buffer = TestDmaBuf(c.world, 8)
         c.proc.files[5] = lambda: buffer
         c.do(u.iommu_ioas_map_file(flags=7, ioas_id=ioas, fd=5, length=8 * P, iova=0x10000))
         self.cut(c, ioas, 0x10FFF, errno.EOPNOTSUPP)
 
-    def test_core_4_15_4(self, c: Caller, ioas: int) -> None:
+    def test_core_4_15_4(self, c: Caller, ioas: int) -> None:  # core-4.15-4
         self.cut(c, ioas, 0x107FF, errno.EINVAL)
 
-    def test_core_4_15_4_memory_offset(self, c: Caller) -> None:
+    def test_core_4_15_4_memory_offset(self, c: Caller) -> None:  # core-4.15-4
         """With an alignment below the page, IOVA and memory need not be congruent, and both count."""
         ioas = c.ioas()
         c.add_domain(ioas, ExtentDomain(0xFFFFF800))
@@ -278,18 +279,18 @@ class TestCut:
         c.table(ioas).iova_alignment = 0x800
         self.cut(c, ioas, 0x107FF, errno.EINVAL)
 
-    def test_core_4_15_6(self, c: Caller, ioas: int) -> None:
+    def test_core_4_15_6(self, c: Caller, ioas: int) -> None:  # core-4.15-6
         access = c.access(ioas)
         access.pin_pages(0x10000, P, write=False)
         self.cut(c, ioas, 0x10FFF, errno.EINVAL)
 
-    def test_core_4_15_7(self, c: Caller) -> None:
+    def test_core_4_15_7(self, c: Caller) -> None:  # core-4.15-7
         ioas = c.ioas()
         c.add_domain(ioas)
         c.map(ioas, 0x10000, 8 * P)
         self.cut(c, ioas, 0x10FFF, errno.EINVAL)
 
-    def test_core_4_15_8(self, c: Caller, ioas: int) -> None:
+    def test_core_4_15_8(self, c: Caller, ioas: int) -> None:  # core-4.15-8
         domain = c.add_domain(ioas)
         frames = frames_of(domain, 0x10000, 8 * P)
         self.cut(c, ioas, 0x11FFF)

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from iommufd.engine.context import Context
     from iommufd.engine.hwpt import HwptPaging
     from iommufd.engine.task import Task
+    from iommufd.engine.world import World
     from iommufd.memory.hostfile import HostFile
 
 MAP_FLAGS = u.IOMMU_IOAS_MAP_FIXED_IOVA | u.IOMMU_IOAS_MAP_WRITEABLE | u.IOMMU_IOAS_MAP_READABLE
@@ -124,11 +125,11 @@ def ioas_allow_iovas(call: Call) -> None:
     if cmd.reserved:  # row 1
         raise KernelError(errno.EOPNOTSUPP, "__reserved is not zero")
     ioas = call.get(cmd.ioas_id, IOAS)  # row 2
-    allowed = read_allowed(call.task, cmd.allowed_iovas, cmd.num_iovas)  # rows 3-6
+    allowed = read_allowed(call.world, call.task, cmd.allowed_iovas, cmd.num_iovas)  # rows 3-6
     ioas.io_pagetable.set_allowed(allowed)  # rows 7-8
 
 
-def read_allowed(task: Task, addr: int, count: int) -> Ranges:
+def read_allowed(world: World, task: Task, addr: int, count: int) -> Ranges:
     """``count`` intervals from the caller's array, checked one by one (core 4.6 rows 3-6)."""
     seen: IntervalIndex[None] = IntervalIndex()
     for base in range(0, count, ENTRIES_AT_ONCE):
@@ -148,6 +149,8 @@ def read_allowed(task: Task, addr: int, count: int) -> Ranges:
                     errno.EINVAL,
                     f"entry {base + i}: [{first:#x}, {last:#x}] overlaps [{earlier[0]:#x}, {earlier[1]:#x}]",
                 )
+            if world.fail is not None and world.fail(SLAB, task):  # row 6
+                raise KernelError(errno.ENOMEM, f"fault injection: no memory for entry {base + i}")
             seen.insert(first, last, None)
     return Ranges((first, last) for first, last, _ in seen)
 

@@ -11,6 +11,7 @@ import errno
 from typing import TYPE_CHECKING
 
 from iommufd.engine.area import PAGE_OFFSET, Area, lose_source, release, unfill
+from iommufd.engine.failpoints import SLAB
 from iommufd.errors import KernelError
 
 if TYPE_CHECKING:
@@ -146,7 +147,8 @@ def cut(table: IOPagetable, position: int) -> None:
 
     Pins, charges and domain content stay as they are: pages are held by index interval, and two adjacent intervals hold
     what one did. KernelError EBUSY, EOPNOTSUPP, EINVAL."""
-    with table.world.lock:
+    world = table.world
+    with world.lock:
         table.pass_removing()
         found = table.areas.find(position)
         if found is None:
@@ -167,6 +169,8 @@ def cut(table: IOPagetable, position: int) -> None:
                 f"{area!r} cannot be cut at {position + 1:#x}, {start & PAGE_OFFSET:#x} bytes into a page: the IOVA "
                 f"alignment is {alignment:#x}",
             )
+        if world.fail is not None and world.fail(SLAB, None):  # row 5
+            raise KernelError(errno.ENOMEM, "fault injection: no memory for an area")
         if area.accesses:  # row 6
             raise KernelError(errno.EINVAL, f"{area!r} has {area.accesses} pin(s)")
         if table.domains and not table.large_pages_disabled:  # row 7
