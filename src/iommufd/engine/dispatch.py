@@ -9,6 +9,7 @@ one place publishes them after the response went out, or undoes them.
 from __future__ import annotations
 
 import errno
+import struct
 from collections.abc import Callable
 from enum import Enum
 from typing import TYPE_CHECKING, TypeVar, cast
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from iommufd.uapi.declare import Struct
 
 FIRST_NR = 0x80
+_SIZE = struct.Struct("<I").unpack_from
 
 
 class Respond(Enum):
@@ -40,7 +42,8 @@ class Call:
     """One ioctl on its way through the engine.
 
     ``cmd`` is the typed struct (class per row); ``size`` what the caller said; ``new`` the object under construction;
-    ``new_file`` the descriptor reserved for a file it will receive. ``held`` are the lookups to drop at the end.
+    ``new_file`` the descriptor reserved for a file it will receive. ``held`` are the lookups to drop at the end. These
+    are tuples because most calls have none of them, and one empty tuple serves all.
     """
 
     __slots__ = (
@@ -59,9 +62,9 @@ class Call:
         "world",
     )
 
-    def __init__(self, context: Context, task: Task, number: int, arg: int) -> None:
+    def __init__(self, context: Context, world: World, task: Task, number: int, arg: int) -> None:
         self.context = context
-        self.world: World = context.world
+        self.world = world
         self.task = task
         self.number = number
         self.arg = arg
@@ -69,10 +72,10 @@ class Call:
         self.row: Row | None = None
         self.cmd: Struct = cast("Struct", None)
         self.raw = b""
-        self.held: list[Object] = []
-        self.new: list[Object] = []
-        self.new_file: list[tuple[int, File]] = []
-        self.undo: list[Callable[[], None]] = []
+        self.held: tuple[Object, ...] = ()
+        self.new: tuple[Object, ...] = ()
+        self.new_file: tuple[tuple[int, File], ...] = ()
+        self.undo: tuple[Callable[[], None], ...] = ()
 
     def get(self, number: int, kind: type[T]) -> T:
         """The object ``number`` of type ``kind``, held until the call ends; ENOENT otherwise (core 2.2)."""
@@ -82,7 +85,7 @@ class Call:
         obj = objects.take(number, kind)
         if obj is None:
             obj = cast("T", objects.get(number, kind))
-        self.held.append(obj)
+        self.held = (*self.held, obj)
         return obj
 
     def get_any(self, number: int) -> Object:
@@ -95,7 +98,7 @@ class Call:
             obj.abort()
             raise KernelError(errno.ENOMEM, f"fault injection: no memory for a {obj.kind}")
         self.context.objects.reserve(obj)
-        self.new.append(obj)
+        self.new = (*self.new, obj)
         return obj
 
     def reserve_fd(self, file: File, cloexec: bool = True) -> int:
@@ -105,12 +108,12 @@ class Call:
         except KernelError:
             file.put()
             raise
-        self.new_file.append((fd, file))
+        self.new_file = (*self.new_file, (fd, file))
         return fd
 
     def on_error(self, undo: Callable[[], None]) -> None:
         """Registers what undoes a side effect if the call fails after this point (run in reverse order)."""
-        self.undo.append(undo)
+        self.undo = (*self.undo, undo)
 
     def respond(self) -> None:
         """Writes min(size, full) bytes of the struct back (core 1.5); EFAULT if that fails."""
@@ -128,7 +131,7 @@ Handler = Callable[[Call], "int | Pending | None"]
 class Row:
     """One command of the table. ``full`` is the struct's size as the machine's release knew it."""
 
-    __slots__ = ("command", "full", "handler", "minimum", "number", "respond", "struct")
+    __slots__ = ("command", "full", "handler", "minimum", "number", "on_success", "respond", "struct")
 
     def __init__(self, command: Command, handler: Handler, respond: Respond, release: tuple[int, int]) -> None:
         self.command = command
@@ -138,6 +141,7 @@ class Row:
         self.full = command.struct.size_in(release)
         self.handler = handler
         self.respond = respond
+        self.on_success = respond is Respond.ON_SUCCESS
 
 
 def build_table(rows: list[tuple[Command, Handler, Respond]], release: tuple[int, int]) -> dict[int, Row]:
@@ -159,10 +163,11 @@ def find_nonzero(task: Task, start: int, end: int) -> None:
 
 def dispatch(context: Context, task: Task, number: int, arg: int) -> int | Pending:
     """core 1.3 rows 2-9 for a command number inside the table's range."""
-    call = Call(context, task, number, arg)
-    instruments = context.world.instruments
+    world = context.world
+    call = Call(context, world, task, number, arg)
+    instruments = world.instruments
     try:
-        result = _run(call)
+        result = _run(call, world, task, number, arg)
     except KernelError as error:
         for instrument in instruments:
             instrument.ioctl_exit(call, -1, error)
@@ -173,14 +178,13 @@ def dispatch(context: Context, task: Task, number: int, arg: int) -> int | Pendi
     return result
 
 
-def _run(call: Call) -> int | Pending:
-    task, arg, number = call.task, call.arg, call.number
-    row = call.world.table.get(number)
+def _run(call: Call, world: World, task: Task, number: int, arg: int) -> int | Pending:
+    row = world.table.get(number)
     full = row.full if row is not None else 4
     head = task.read_upto(arg, full)
     if len(head) < 4:  # row 2
         raise KernelError(errno.EFAULT, f"the struct's size at {arg:#x} cannot be read")
-    size = int.from_bytes(head[:4], "little")
+    (size,) = _SIZE(head)
     call.size = size
     if row is None:  # row 3
         raise KernelError(errno.ENOTTY, f"there is no command {number:#x}")
@@ -196,13 +200,13 @@ def _run(call: Call) -> int | Pending:
     if len(head) < want:  # row 6
         raise KernelError(errno.EFAULT, f"only {len(head)} of the struct's {want} bytes at {arg:#x} can be read")
     call.cmd = row.struct.unpack(call.raw)  # row 7: a missing tail reads as zero
-    for instrument in call.world.instruments:
+    for instrument in world.instruments:
         instrument.ioctl_enter(call)
-    if call.world.fail_call is not None:
-        call.world.fail_call(row.command.name, task)
+    if world.fail_call is not None:
+        world.fail_call(row.command.name, task)
     try:
         result = row.handler(call)  # row 8
-        if row.respond is Respond.ON_SUCCESS:
+        if row.on_success:
             call.respond()
     except BaseException:  # row 9, in reverse; whatever went wrong, nothing half-made stays
         _abort(call)
@@ -210,12 +214,12 @@ def _run(call: Call) -> int | Pending:
     for fd, file in call.new_file:
         task.install_fd(fd, file)
     if call.new:
-        with call.world.lock:
+        with world.lock:
             while call.context.changing_process:  # core 4.4 row 4
-                call.world.wait()
+                world.wait()
             for obj in call.new:
                 call.context.objects.publish(obj)
-            call.world.wake()  # an unbind may wait for the vDEVICE it must take along
+            world.wake()  # an unbind may wait for the vDEVICE it must take along
     if call.held:
         _release(call)
     return 0 if result is None else result
