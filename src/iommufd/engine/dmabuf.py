@@ -125,10 +125,11 @@ class DmaBufSource(Source):
     def revoke(self) -> None:
         """The exporter took the memory back: every area leaves every domain at once, and for good (core 7)."""
         world = self.file.world
-        pages = self.pages
-        if pages is None:  # still being made, or dead: nothing can be mapped
-            self.revoked = True
-            return
+        with world.lock:
+            pages = self.pages
+            if pages is None:  # still being made, or dead: nothing is mapped, nor will be
+                self.revoked = True
+                return
         pages.lock(world)
         self.revoked = True
         for domain, (first, last) in self.mapped.values():
@@ -139,7 +140,7 @@ class DmaBufSource(Source):
     def release(self) -> None:
         with self.file.world.lock:
             self.file._importers.discard(self)
-        self.pages = None
+            self.pages = None
         self.file.put()
 
 
@@ -157,5 +158,6 @@ def dmabuf_pages(owner: Owner, file: DmaBufFile, start: int, length: int, writab
     source = DmaBufSource(file, start)  # rows 4-6
     offset = start % PAGE_SIZE
     pages = Pages(owner, start - offset, (offset + length + PAGE_SIZE - 1) >> PAGE_SHIFT, writable, source)
-    source.pages = pages
+    with file.world.lock:
+        source.pages = pages
     return pages
