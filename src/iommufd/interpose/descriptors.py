@@ -48,17 +48,20 @@ class Descriptors:
 
     def at(self, tid: int, fd: int) -> Carrier | None:
         """The same without any record of the thread: by inode."""
-        by_key = self.carriers.by_key
-        if not by_key:
+        if not self.carriers.by_key:
             return None
         try:
-            status = os.stat(f"/proc/{tid}/fd/{fd}")
+            return self.behind(f"/proc/{tid}/fd/{fd}")
         except PermissionError:
             say_unreadable(tid)
-            return None
         except OSError:
-            return None
-        return by_key.get((status.st_dev, status.st_ino))
+            pass
+        return None
+
+    def behind(self, link: str) -> Carrier | None:
+        """The carrier a link in /proc/PID/fd leads to. OSError when there is no such link, or we may not follow it."""
+        status = os.stat(link)
+        return self.carriers.by_key.get((status.st_dev, status.st_ino))
 
     # ---- choosing numbers
 

@@ -13,6 +13,7 @@ Invariants:
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import stat
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 AT_FDCWD = 0xFFFFFF9C  # -100 as an unsigned 32-bit descriptor
 MAX_LINKS = 40
 
-_PROC_FD = re.compile(r"/proc/(\d+)(?:/task/(\d+))?/fd/(\d+)")
+_PROC_FD = re.compile(r"/proc/\d+(?:/task/\d+)?/fd/\d+")
 _PROC_STATUS = re.compile(r"/proc/(\d+)(?:/task/\d+)?/status")
 
 
@@ -134,10 +135,11 @@ class Resolver:
     def resolve(self, tid: int, tgid: int, dirfd: int, path: bytes, follow: bool = True) -> Place | None:
         """Where the path leads; None when only the host can tell (it does not exist, or is none of our business)."""
         text = os.fsdecode(path)
-        here = "/" if text[:1] == "/" else self._base(tid, dirfd)
+        root = self._foreign_root(tid) if self.foreign_roots else ""
+        here = "/" if text[:1] == "/" else self._base(tid, dirfd, root)
         if here is None or not text:
             return None
-        root = self._foreign_root(tid) if self.foreign_roots else ""
+        own_proc = f"/proc/{tgid}/"  # by its number here, whatever it has in a namespace of its own
         todo = [part for part in reversed(text.split("/")) if part not in ("", ".")]
         place = Place(here)
         place.slash = text.endswith(("/", "/.", "/.."))
@@ -174,19 +176,21 @@ class Resolver:
             else:
                 if self._hidden(candidate):
                     return None
+                real = candidate if candidate.startswith(own_proc) else root + candidate
                 try:
-                    mode = os.lstat(root + candidate).st_mode
+                    mode = os.lstat(real).st_mode
                 except OSError:
                     return None
                 if stat.S_ISLNK(mode):
                     if last and not follow and not place.slash:
-                        return self._link_place(place, candidate)
-                    carrier = self._carrier_at(candidate)
+                        place.path, place.carrier = candidate, self._carrier_at(candidate, real)
+                        return place
+                    carrier = self._carrier_at(candidate, real)
                     if carrier is not None:
                         place.path, place.carrier, place.not_directory = candidate, carrier, not last or place.slash
                         return place
                     try:
-                        target = os.readlink(root + candidate)
+                        target = os.readlink(real)
                     except OSError:
                         return None
                     if candidate.startswith("/proc/") and not target.startswith("/"):
@@ -214,15 +218,9 @@ class Resolver:
         place.path, place.node = path, node
         return place
 
-    def _link_place(self, place: Place, path: str) -> Place:
-        place.path, place.carrier = path, self._carrier_at(path)
-        return place
-
-    def _carrier_at(self, path: str) -> Carrier | None:
-        match = _PROC_FD.fullmatch(path)
-        if match is None:
-            return None
-        return self._descriptors.at(int(match[2] or match[1]), int(match[3]))
+    def _carrier_at(self, path: str, real: str) -> Carrier | None:
+        """The open file behind a link in some /proc/PID/fd; ``real`` is where we find the link."""
+        return self._descriptors.behind(real) if _PROC_FD.fullmatch(path) else None
 
     def _hidden(self, path: str) -> bool:
         """Whether the host's file lies in a directory of which the machine shows only its own."""
@@ -239,7 +237,7 @@ class Resolver:
             return self._machine.tree.virtual(real) or real
         return real
 
-    def _base(self, tid: int, dirfd: int) -> str | None:
+    def _base(self, tid: int, dirfd: int, root: str = "") -> str | None:
         link = f"/proc/{tid}/cwd" if dirfd == AT_FDCWD else f"/proc/{tid}/fd/{dirfd}"
         try:
             text = os.readlink(link)
@@ -247,6 +245,11 @@ class Resolver:
             return None
         if text[:1] != "/" or text.endswith(" (deleted)"):
             return None
+        if root:  # links tell paths from our root
+            with contextlib.suppress(OSError):
+                top = os.readlink(root)
+                if text == top or text.startswith(top.rstrip("/") + "/"):
+                    text = text[len(top.rstrip("/")) :] or "/"
         return self._virtual(text)
 
     def _foreign_root(self, tid: int) -> str:
