@@ -59,7 +59,7 @@ def owed(p: Program) -> Ledger:
 
 def answers(p: Program, step: Callable[[], object]) -> list[object]:
     """What ``step`` answers when its first, second, ... point fails, until it succeeds; what fails changes nothing."""
-    found = []
+    found: list[object] = []
     for shot in sweep(p.machine.world):
         before = owed(p)
         answer = step()
