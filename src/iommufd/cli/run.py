@@ -32,7 +32,7 @@ def parser() -> argparse.ArgumentParser:
     made = _Parser(
         prog="iommufd run",
         usage="iommufd run [--machine NAME] [--kernel VERSION] [--explain] [--trace FILE] [--check] [--fail RULE] "
-        "-- PROGRAM [ARG…]",
+        "[--grant CAP,…] -- PROGRAM [ARG…]",
         description="Run an unmodified program with a software /dev/iommu.",
     )
     made.add_argument("--machine", default="default", metavar="NAME", help="the machine: default, mock, mock@7.3.4, …")
@@ -49,12 +49,34 @@ def parser() -> argparse.ArgumentParser:
         "may be given several times",
     )
     made.add_argument(
+        "--grant",
+        metavar="CAP,…",
+        default="",
+        help="capabilities the program has on this machine although the host does not give them: ipc_lock, sys_rawio, "
+        "sys_resource, or all",
+    )
+    made.add_argument(
         "--no-pin-tracking",
         action="store_true",
         help="do not follow munmap, madvise and the like: faster, but pinned pages are lost with their address",
     )
     made.add_argument("program", nargs=argparse.REMAINDER, metavar="PROGRAM", help="the program and its arguments")
     return made
+
+
+def granted(names: str) -> int:
+    """``--grant`` as a mask of capability bits; ValueError names what is not known."""
+    from iommufd.engine.task import CAPABILITIES
+
+    mask = 0
+    for name in filter(None, (part.strip().lower().removeprefix("cap_") for part in names.split(","))):
+        if name == "all":
+            mask |= sum(1 << bit for bit in CAPABILITIES.values())
+        elif name in CAPABILITIES:
+            mask |= 1 << CAPABILITIES[name]
+        else:
+            raise ValueError(f"--grant {name}: this machine asks for {', '.join(CAPABILITIES)} (or all) and nothing else")
+    return mask
 
 
 def say(sentence: str) -> None:
@@ -76,6 +98,7 @@ def main(argv: Sequence[str]) -> int:
 
     try:
         machine = preset(options.machine, options.kernel)
+        machine.world.granted = granted(options.grant)
         rules = [machine.world.injector.add_rule(text) for text in options.fail]
     except ValueError as error:
         say(str(error))

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from iommufd.memory.space import AddressSpace
 
 CAP_IPC_LOCK, CAP_SYS_RAWIO, CAP_SYS_RESOURCE = 14, 17, 24
+CAPABILITIES = {"ipc_lock": CAP_IPC_LOCK, "sys_rawio": CAP_SYS_RAWIO, "sys_resource": CAP_SYS_RESOURCE}  # all we ask
 
 
 class Task(Protocol):

@@ -72,6 +72,7 @@ class World:
         self.defects = frozenset(defects)
         self.noiommu = noiommu
         self.noiommu_driver: Driver | None = None  # the built-in driver of devices without an IOMMU, when noiommu
+        self.granted = 0  # capabilities (bits) that every caller has on this machine, whatever the host gave it
         self.allow_unsafe_interrupts = False  # iommufd's module parameter (devices.md 2.1 step 6)
         self.vfio_container = vfio_container
         self.table: dict[int, Row] = {}

@@ -215,8 +215,8 @@ class RemoteTask:
         return self.thread.need_process()
 
     def capable(self, capability: int) -> bool:
-        """The effective set of the thread, if its user namespace is the initial one."""
-        return bool(self.thread.effective_capabilities() >> capability & 1)
+        """The effective set of the thread, if its user namespace is the initial one, and what the machine grants."""
+        return bool((self.thread.effective_capabilities() | self._descriptors.granted) >> capability & 1)
 
     # ---- descriptors
 

@@ -11,6 +11,7 @@ import contextlib
 import errno
 import os
 import resource
+import threading
 from typing import TYPE_CHECKING
 
 from iommufd.errors import KernelError
@@ -28,12 +29,14 @@ if TYPE_CHECKING:
 class Descriptors:
     """Numbers of one supervised tree. ``physical`` is the machine's memory, for host files handed over."""
 
-    def __init__(self, listener: Listener, carriers: Carriers, physical: Physical, base: int, top: int) -> None:
+    def __init__(self, listener: Listener, carriers: Carriers, physical: Physical, base: int, top: int, granted: int = 0) -> None:
+        self.granted = granted  # capabilities every caller has on this machine
         self.listener = listener
         self.carriers = carriers
         self.physical = physical
         self.base = base
         self.top = top
+        self._choosing = threading.Lock()  # from choosing a number to having taken it
 
     def find(self, thread: Thread, fd: int) -> Carrier | None:
         """The carrier behind the caller's ``fd``, None when it is closed or a file of the host."""
@@ -87,9 +90,11 @@ class Descriptors:
         return soft if soft != resource.RLIM_INFINITY else 2**31
 
     def reserve(self, thread: Thread, cloexec: bool) -> int:
-        """Promises a number to the call in flight."""
-        number = self.free_number(thread)
-        thread.group.reserved[number] = cloexec
+        """Promises a number to the call in flight. KernelError EMFILE, or ENFILE when we have none for our own end."""
+        self.carriers.check_room()
+        with self._choosing:
+            number = self.free_number(thread)
+            thread.group.reserved[number] = cloexec
         return number
 
     def unreserve(self, thread: Thread, fd: int) -> None:
@@ -101,7 +106,10 @@ class Descriptors:
         """Makes the promised number name ``file``, taking its reference; a caller killed meanwhile gets none."""
         group = task.thread.group
         cloexec = group.reserved.pop(fd, True)
-        carrier = self.carriers.make(file)
+        try:
+            carrier = self.carriers.make(file)
+        except KernelError:
+            return  # there was room when the number was promised: the program finds it closed
         try:
             self.listener.add_fd(task.notification, carrier.client, fd, cloexec, send=False)
             self.note(task.thread, fd, carrier)
@@ -124,14 +132,15 @@ class Descriptors:
 
     def give_source(self, task: RemoteTask, source: int, cloexec: bool, lowest: int, *, low: bool = False) -> int:
         """Answers the call in flight with a descriptor of our ``source``; as :meth:`give`."""
-        at = None if low else self.free_number(task.thread, lowest)
-        try:
-            return self.listener.add_fd(task.notification, source, at, cloexec, send=True)
-        except OSError as error:
-            if error.errno == errno.EBADF and at is not None:  # the limit was lowered this instant
-                with contextlib.suppress(OSError):
-                    return self.listener.add_fd(task.notification, source, None, cloexec, send=True)
-            raise KernelError(errno.EMFILE, f"the program cannot take a descriptor: {error.strerror}") from None
+        with self._choosing:
+            at = None if low else self.free_number(task.thread, lowest)
+            try:
+                return self.listener.add_fd(task.notification, source, at, cloexec, send=True)
+            except OSError as error:
+                if error.errno == errno.EBADF and at is not None:  # the limit was lowered this instant
+                    with contextlib.suppress(OSError):
+                        return self.listener.add_fd(task.notification, source, None, cloexec, send=True)
+                raise KernelError(errno.EMFILE, f"the program cannot take a descriptor: {error.strerror}") from None
 
     def note(self, thread: Thread, fd: int, carrier: Carrier) -> None:
         """Remembers what we have just put at a number."""

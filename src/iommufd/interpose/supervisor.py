@@ -86,7 +86,7 @@ class Supervisor:
         physical = machine.world.physical
         self.processes = Processes(physical, make_space or new_space)
         self.carriers = Carriers(self._released)
-        self.descriptors = Descriptors(self.listener, self.carriers, physical, base, top)
+        self.descriptors = Descriptors(self.listener, self.carriers, physical, base, top, machine.world.granted)
         self.processes.descriptors = self.descriptors
         self.processes.on_new_group = self._watch_group
         self.resolver = Resolver(machine, self.descriptors)
