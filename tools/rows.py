@@ -2,9 +2,9 @@
 
 Rows are named ``chapter section row number`` (``core 4.9 row 3``), listed in ``tests/conformance/rows.txt``. A row is
 covered by conformance checks that name it (they run on a real kernel, in process, and under ``iommufd run``), by tests
-whose parameter ids carry it (``core-4.9-3``; software only), or by a reason in ``tests/conformance/unreachable.txt``
-why no program can reach it. ``python -m tools.rows`` writes the page; ``--check`` fails if it is not up to date or has
-blanks.
+that name it (software only: in a parameter id ``core-4.9-3``, a comment ``# devices 3.6 steps 4, 10``, or the name of a
+function, ``test_devices_11_2_rows_1_to_4``), or by a reason in ``tests/conformance/unreachable.txt`` why no program can
+reach it. ``python -m tools.rows`` writes the page; ``--check`` fails if it is not up to date or has blanks.
 """
 
 from __future__ import annotations
@@ -25,10 +25,38 @@ PAGE = ROOT / "docs/conformance.md"
 TAG = re.compile(r"\b(core|devices|events|mock|vfio)-(\d+(?:\.\d+[a-z]?)*)-((?:[a-z]+-)?)(\d*[a-z]?)\b")
 
 
+CHAPTER = r"(core|devices|events|mock|vfio)"
+ROW_LIST = r"((?:\d+[a-z]?(?:-\d+)?(?:, (?!\d+\.)| and )?)+)"
+NAMED = re.compile(rf"\b{CHAPTER}(?:-device|-viommu|-compat)? ([^#:()]*\b(?:steps?|rows?)\b[^#:()]*)")
+SECTION = re.compile(rf"(\d+(?:\.\d+[a-z]?)*(?: [a-z]+)??),? (?:steps?|rows?) {ROW_LIST}")
+FUNCTION = re.compile(rf"\bdef test_{CHAPTER}_(\d+(?:_\d+[a-z]?)?)_rows?_(\d+[a-z]?(?:_(?:to_|and_)?\d+[a-z]?)*)")
+NUMBERS = re.compile(r"(\d+)-(\d+)|(\d+[a-z]?)")
+
+
 def row_of_tag(tag: re.Match[str]) -> str:
     """``core-3-huge-5`` as ``core 3 huge row 5``."""
     chapter, section, part, number = tag.groups()
     return " ".join(word for word in (chapter, section, part.rstrip("-"), "row", number) if word)
+
+
+def numbers(text: str) -> list[str]:
+    """The rows that ``4, 10``, ``1-3`` or ``5 and 8a`` stand for."""
+    found = []
+    for first, last, single in NUMBERS.findall(text):
+        found += [single] if single else [str(number) for number in range(int(first), int(last) + 1)]
+    return found
+
+
+def rows_named(text: str) -> set[str]:
+    """The rows that a test file names: in parameter ids, in comments, and in names of functions."""
+    found = {row_of_tag(tag) for tag in TAG.finditer(text)}
+    for chapter, words in NAMED.findall(text):
+        for section, which in SECTION.findall(words):
+            found |= {f"{chapter} {section} row {number}" for number in numbers(which)}
+    for chapter, section, which in FUNCTION.findall(text):
+        ranges = which.replace("_to_", "-").replace("_and_", " ").replace("_", " ")
+        found |= {f"{chapter} {section.replace('_', '.')} row {number}" for number in numbers(ranges)}
+    return found
 
 
 def listed() -> list[str]:
@@ -47,11 +75,11 @@ def reasons() -> dict[str, str]:
 
 
 def tests_by_row() -> dict[str, set[str]]:
-    """Row -> test files whose ids name it."""
+    """Row -> test files that name it."""
     found: dict[str, set[str]] = defaultdict(set)
     for path in sorted((ROOT / "tests").rglob("test_*.py")):
-        for tag in TAG.finditer(path.read_text()):
-            found[row_of_tag(tag)].add(str(path.relative_to(ROOT / "tests")))
+        for row in rows_named(path.read_text()):
+            found[row].add(str(path.relative_to(ROOT / "tests")))
     return found
 
 
