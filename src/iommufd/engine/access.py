@@ -100,6 +100,7 @@ class Access(Object):
     def destroy(self) -> None:
         if self.ioas is not None:
             self.detach()
+        self.ops = AccessOps(self.ops.needs_pin_pages)  # the callback knows its owner, who knows the access
 
     # ------------------------------------------------------------------------------------- attach, replace, detach
 
@@ -148,31 +149,26 @@ class Access(Object):
         """devices 8.3 steps 2-8. Takes over the write-held ``lock`` and one count on ``target``."""
         world = self.context.world
         old, old_slot = self.ioas, self.slot
-        error: KernelError | None = None
-        if old is not self.ioas_unpin:  # step 2
-            error = KernelError(errno.EBUSY, "another thread is moving the access")
-        elif target is not None and target is old:  # step 3
-            pass
-        else:
-            self.ioas = None  # step 4
-            try:
-                if target is not None:  # step 5
-                    self.slot = target.io_pagetable.add_access(self)
-            except KernelError as reason:
-                self.ioas = old
-                error = reason
-            else:
+        done = False
+        try:
+            if old is not self.ioas_unpin:  # step 2
+                raise KernelError(errno.EBUSY, "another thread is moving the access")
+            if target is not old:  # step 3
+                self.ioas = None  # step 4
+                if target is not None:
+                    try:
+                        self.slot = target.io_pagetable.add_access(self)  # step 5
+                    except BaseException:
+                        self.ioas = old
+                        raise
+                done = True
                 self._leave(old, old_slot)  # steps 6-7
                 self.ioas = self.ioas_unpin = target  # step 8
-                with world.lock:
-                    self.lock.end_write(world)
-                return
-        with world.lock:
-            if target is not None:
-                target.users -= 1
-            self.lock.end_write(world)
-        if error is not None:
-            raise error
+        finally:
+            with world.lock:
+                if target is not None and not done:
+                    target.users -= 1
+                self.lock.end_write(world)
 
     def _leave(self, old: IOAS | None, slot: int) -> None:
         world = self.context.world
@@ -181,9 +177,11 @@ class Access(Object):
         if self.ops.unmap is not None:  # step 6
             with world.lock:
                 self.lock.end_write(world)
-            self.ops.unmap(0, ULMAX)
-            with world.lock:
-                self.lock.start_write(world)
+            try:
+                self.ops.unmap(0, ULMAX)
+            finally:
+                with world.lock:
+                    self.lock.start_write(world)
         old.io_pagetable.remove_access(slot)  # step 7
         with world.lock:
             old.users -= 1

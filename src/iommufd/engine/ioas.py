@@ -295,7 +295,7 @@ def ioas_unmap(call: Call) -> None:
     if removed and call.world.instruments:
         call.world.event("unmap", ioas=table.ioas_id, iova=iova, length=removed)
     if error is not None:
-        raise error
+        raise KernelError(error.errno, error.why)  # a local that is raised would hold its own traceback
     if not removed and not everything:  # row 7
         raise KernelError(errno.ENOENT, f"nothing is mapped in [{iova:#x}, {last:#x}]")
     cmd.length = removed  # row 8

@@ -239,7 +239,7 @@ def _unmap_dma(context: Context, task: Task, arg: int) -> int:
             context.world.event("unmap", ioas=ioas.id, iova=iova, length=removed)
         task.write(arg, _UNMAP.pack(argsz, flags, iova, removed))  # row 9: EFAULT beats what the walk said
         if failure is not None:
-            raise failure
+            raise KernelError(failure.errno, failure.why)  # a local that is raised would hold its own traceback
     return 0
 
 
