@@ -80,7 +80,12 @@ def life(c: Caller) -> None:
         with suppress(KernelError):
             table.reserve(0, ULMAX, None)
     c.map(c.ioas(), 1, 1)
-    for attach in (lambda: access.attach(a), lambda: access.replace(99), lambda: access.replace(4)):
+    attempts: list[Callable[[], None]] = [
+        lambda: access.attach(a),
+        lambda: access.replace(99),
+        lambda: access.replace(4),
+    ]
+    for attach in attempts:
         with suppress(KernelError):
             attach()
     access.replace(b)
