@@ -219,7 +219,7 @@ class Machine:
     """What the interposer asks of a machine."""
 
     def __init__(self, log: Log) -> None:
-        self.world = SimpleNamespace(physical=Physical(), instruments=[])
+        self.world = SimpleNamespace(physical=Physical(), instruments=[], granted=0)
         self.generation = 0
         self._tree: Tree | None = None
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import resource
+
 import pytest
 
 from tests.interpose.harness import Supervised
@@ -301,6 +303,31 @@ def test_more_contexts_than_the_usual_range_holds(supervised: Supervised) -> Non
         for fd in fds:
             assert fcntl.ioctl(fd, COUNT) == 1
     """)
+
+
+def test_a_supervisor_out_of_descriptors(supervised: Supervised) -> None:
+    """What it cannot carry it refuses; what is open goes on."""
+    script = """
+        fds = []
+        while True:
+            try:
+                fds.append(os.open("/dev/iommu", os.O_RDWR))
+            except OSError as error:
+                assert error.errno in (errno.ENFILE, errno.EMFILE), error
+                break
+        assert len(fds) > 10
+        for fd in fds:
+            assert fcntl.ioctl(fd, COUNT) == 1
+        fails(errno.ENFILE, fcntl.ioctl, fds[0], QUEUE, bytearray(4))
+        for fd in fds[5:]:
+            os.close(fd)
+        assert file_of(QUEUE, fds[0]) > 2
+    """
+
+    def few() -> None:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (40, 40))
+
+    supervised.python(script, preexec_fn=few)
 
 
 def test_the_container_path_is_a_device_too(supervised: Supervised) -> None:

@@ -15,6 +15,7 @@ Invariants:
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import struct
@@ -23,6 +24,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
 from iommufd.engine.file import POLLIN, POLLOUT
+from iommufd.errors import KernelError
 from iommufd.interpose.libc import IN_CLOSE_NOWRITE, IN_CLOSE_WRITE, inotify_add_watch, inotify_init, inotify_rm_watch
 
 if TYPE_CHECKING:
@@ -32,6 +34,7 @@ FIONREAD: Final = 0x541B
 _EVENT = struct.Struct("=iIII")  # wd s32, mask u32, cookie u32, len u32
 IN_Q_OVERFLOW, IN_IGNORED = 0x4000, 0x8000
 QUEUE_TOKENS = 1024
+ROOM = 6  # descriptors of ours that making a carrier takes at most
 
 Key = tuple[int, int]
 
@@ -82,21 +85,34 @@ class Carriers:
         self._draining = threading.RLock()
 
     def make(self, file: File, path: str = "", flags: int = os.O_RDWR) -> Carrier:
-        """A carrier for ``file``, taking the caller's reference to it. OSError EMFILE or ENFILE when we are out of
-        files."""
+        """A carrier for ``file``, taking the caller's reference to it. KernelError ENFILE when we are out of files."""
         carrier = Carrier(file, path, flags)
         try:
             if carrier.queue:
                 self._make_pipe(carrier)
             else:
                 self._make_memory(carrier)
-        except OSError:
+        except OSError as error:
+            if carrier.watch in self._by_watch:
+                self._forget(carrier)
             for fd in (carrier.memory, carrier.client):
                 if fd >= 0:
                     os.close(fd)
             file.put()
-            raise
+            raise KernelError(errno.ENFILE, f"the supervisor can open no more files: {error.strerror}") from None
         return carrier
+
+    def check_room(self) -> None:
+        """KernelError ENFILE when we have no descriptors left for the next carrier."""
+        spare: list[int] = []
+        try:
+            while len(spare) < ROOM:
+                spare.append(os.dup(self.inotify))
+        except OSError as error:
+            raise KernelError(errno.ENFILE, f"the supervisor can open no more files: {error.strerror}") from None
+        finally:
+            for fd in spare:
+                os.close(fd)
 
     def _make_memory(self, carrier: Carrier) -> None:
         file = carrier.file

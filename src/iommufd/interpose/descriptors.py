@@ -29,7 +29,9 @@ if TYPE_CHECKING:
 class Descriptors:
     """Numbers of one supervised tree. ``physical`` is the machine's memory, for host files handed over."""
 
-    def __init__(self, listener: Listener, carriers: Carriers, physical: Physical, base: int, top: int, granted: int = 0) -> None:
+    def __init__(
+        self, listener: Listener, carriers: Carriers, physical: Physical, base: int, top: int, granted: int = 0
+    ) -> None:
         self.granted = granted  # capabilities every caller has on this machine
         self.listener = listener
         self.carriers = carriers
