@@ -28,16 +28,12 @@ from tools.selftest_report import Case, Comparison, Report, Verdict, compare, na
 ROOT = Path(__file__).resolve().parent.parent
 LISTS = ROOT / "tests/conformance"
 NOBODY = 65534
-CAP_IPC_LOCK, CAP_SYS_RESOURCE = 14, 24
+CAP_IPC_LOCK = 14
 MIB = 1 << 20
 
-# These ask for CAP_SYS_RESOURCE themselves (IOMMU_OPTION_RLIMIT_MODE) and fail without it on a real kernel. Ordinary
-# users lack it, and so may root in a container.
-ASKS_FOR_ROOT = (
-    "iommufd.global_options",
-    "change_process.account_user.basic",
-    "change_process.account_mm.basic",
-)
+# Three cases ask for CAP_SYS_RESOURCE (IOMMU_OPTION_RLIMIT_MODE), which ordinary users lack, and root in many a
+# container: the machine grants it, so that they are tried everywhere.
+GRANTED = "sys_resource"
 NEEDS_DEBUGFS = "basic_fail_nth.*"  # root's alone; skipped for an ordinary user on a real kernel
 
 # These pin more than a user's usual RLIMIT_MEMLOCK (8 MiB), and fail for that on a real kernel. Pattern -> bytes.
@@ -240,8 +236,6 @@ def capable(capability: int) -> bool:
 def not_to_be_had(cases: Sequence[str], ordinary: bool) -> dict[str, str]:
     """Cases that cannot pass here on any kernel, and why. ``ordinary``: they run without root's capabilities."""
     why: dict[str, str] = {}
-    if ordinary or not capable(CAP_SYS_RESOURCE):
-        why.update(dict.fromkeys(ASKS_FOR_ROOT, "asks for CAP_SYS_RESOURCE"))
     if ordinary:
         why.update(dict.fromkeys(fnmatch.filter(cases, NEEDS_DEBUGFS), "asks for root (debugfs)"))
     limit = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
@@ -288,7 +282,8 @@ def run_all(options: argparse.Namespace, programs: dict[str, Path], stack: ExitS
     seconds: dict[str, float] = {}
     broken: list[str] = []
     for name, path in programs.items():
-        command = [python, "-m", "iommufd", "run", "--machine", options.machine, "--", path]
+        command = [python, "-m", "iommufd", "run", "--machine", options.machine, "--grant", GRANTED,
+                   "--", path]
         command += [word for fixture in fixtures for word in ("-f", fixture)]
         start = time.monotonic()
         reports[name], code, tail = execute(command, Progress(name, len(order[name])), options.timeout, uid, cwd)
