@@ -26,9 +26,10 @@ many bytes, ascending."""
 def natural_alignment(addr: int, length: int, cap: int) -> int:
     """Step 3: a power of two, from the size, the address of the memory, and the largest page worth aligning to."""
     align = 1 << (length - 1).bit_length()
-    if addr:
-        align = min(align, addr & -addr)
-    return min(align, cap)
+    lowest = addr & -addr
+    if 0 < lowest < align:
+        align = lowest
+    return align if align < cap else cap
 
 
 def fit(start: int, last: int, length: int, align: int, offset: int) -> int | None:
@@ -61,7 +62,8 @@ def choose(
         start = fit(span_first, span_last, length, align, offset)
         if start is None:
             continue
-        for free_first, free_last in reserved.gaps(start, span_last):  # step 8
+        free = reserved.gaps(start, span_last) if len(reserved) else ((start, span_last),)
+        for free_first, free_last in free:  # step 8
             if free_last - free_first + 1 < at_least:
                 continue
             for hole_first, hole_last in holes(free_first, free_last, at_least):
