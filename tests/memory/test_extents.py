@@ -82,6 +82,7 @@ def test_runs_are_the_maximal_contiguous_ones(extents: Extents, data: st.DataObj
         at += n
     runs = list(ex.runs(extents, offset, length))
     assert len(runs) <= 3 * len(extents)
+    assert all((run.stride == 0) == (run.repeat == 1) for run in runs)
     assert [
         (run.offset + k * run.nbytes, run.paddr + k * run.stride, run.nbytes) for run in runs for k in range(run.repeat)
     ] == expected

@@ -173,6 +173,35 @@ def test_a_very_large_sparse_file(physical: Physical) -> None:
     file.close()
 
 
+def test_a_chunk_covers_the_window_around_its_first_pin(physical: Physical) -> None:
+    fd = os.memfd_create("large")
+    os.ftruncate(fd, (5 << 36) + 3 * P)  # five windows of 64 GiB and three pages
+    file = HostFile(physical, fd)
+    window = 1 << 24
+    for page, first, npages in ((7, 0, window), (3 * window - 1, 2 * window, window), (5 * window, 5 * window, 3)):
+        (extent,) = file.pin(page, 1)
+        assert (extent.index, extent.chunk.npages) == (page - first, npages)
+    (extent,) = file.pin(3 * window + 9, 2 * window - 9)  # between two chunks, and more than a window
+    assert (extent.index, extent.chunk.npages) == (9, 2 * window)
+    file.close()
+
+
+def test_a_cut_huge_page_file(physical: Physical) -> None:
+    size = 2 << 20
+    fd = os.memfd_create("huge", os.MFD_CLOEXEC | os.MFD_HUGETLB)
+    os.ftruncate(fd, size)
+    file = HostFile(physical, fd)
+    try:
+        extents = file.pin(0, 512)
+    except KernelError:
+        pytest.skip("no huge pages are configured: sysctl vm.nr_hugepages=4")
+    os.ftruncate(fd, 0)
+    with pytest.raises(KernelError):
+        write_extents(extents, 0, b"x")
+    unpin_extents(extents)
+    file.close()
+
+
 def test_huge_pages(physical: Physical) -> None:
     size = 2 << 20
     fd = os.memfd_create("huge", os.MFD_CLOEXEC | os.MFD_HUGETLB)

@@ -227,7 +227,8 @@ class FileSpace:
     def save(self, position: int, data: bytes | bytearray | memoryview) -> None:
         count = len(data)
         if self.obtain() and self.writable:
-            with contextlib.suppress(OSError):  # EPERM: a write seal; mappings made before it may do
+            # EPERM: a write seal (mappings made before it may do). ValueError: a huge page file that was cut.
+            with contextlib.suppress(OSError, ValueError):
                 if self.order:
                     if _save_mapped(self.fd, PAGE_SIZE << self.order, position, data):
                         return

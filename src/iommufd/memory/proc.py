@@ -118,6 +118,9 @@ class ProcHost:
         self._copiers: list[_Copier] = []
         self._last: tuple[bytes | bytearray, Vma, bytes] = b"", Vma(0, 0, 0), b""
 
+    def __del__(self) -> None:
+        self.close()
+
     # ------------------------------------------------------------------------------------------------------------ VMAs
 
     def query(self, va: int) -> Vma | None:
@@ -281,9 +284,10 @@ class ProcHost:
             _SCAN.pack(_SCAN.size, 0, start, end, 0, _address(regions), 1, 1, 0, 0, PAGE_IS_GUARD, PAGE_IS_GUARD)
         )
         try:
-            return fcntl.ioctl(self._pagemap, PAGEMAP_SCAN, question) > 0
+            found: int = fcntl.ioctl(self._pagemap, PAGEMAP_SCAN, question)
         except OSError:
             return False
+        return found > 0
 
     def _scan(self, start: int, end: int) -> list[tuple[int, int]]:
         regions = bytearray(_REGIONS * _REGION.size)
