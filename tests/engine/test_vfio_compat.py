@@ -23,12 +23,15 @@ from iommufd.engine.task import CAP_SYS_RAWIO
 from iommufd.engine.vfio_compat import (
     compat_ioas_create,
     compat_ioas_id,
+    compat_ioctl,
     compat_set_no_iommu,
     info_writes,
     iova_pgsizes,
 )
-from iommufd.errors import KernelError
+from iommufd.errors import KernelError, errno_name
 from iommufd.machine.machine import Machine
+from iommufd.uapi import iommufd as u
+from tests.engine.fakes import ARG, BUFFER, Background, Caller, Gate, TestDmaBuf, frames_of
 
 P = 4096
 ULMAX = 2**64 - 1
@@ -164,7 +167,7 @@ def _fails(number: int) -> pytest.RaisesExc[KernelError]:
     return pytest.RaisesExc(KernelError, check=lambda error: error.errno == number)
 
 
-def test_vfio_1_any_other_command_leaves_its_argument_alone(caller: _Caller) -> None:
+def test_vfio_1_row_1_any_other_command_leaves_its_argument_alone(caller: _Caller) -> None:
     for cmd in (0x3B67, 0x3B68, 0x3B6A, 0x3B6F, 0x3B73, 0x3B74, 0x3B75, 0x3B76, 0xC0003B64, 0x3C64, 0x3BFF):
         assert caller.call(cmd, 0) == -errno.ENOTTY, hex(cmd)
 
@@ -196,7 +199,7 @@ def test_vfio_4_8_noiommu_is_a_build_option(noiommu: bool) -> None:
     backend.close_all()
 
 
-def test_vfio_8_9_a_write_back_that_fails_beats_the_result(caller: _Caller) -> None:
+def test_vfio_8_row_9_a_write_back_that_fails_beats_the_result(caller: _Caller) -> None:
     caller.set_compat(caller.ioas())
     assert caller.map(0x1000, 0x1000, P) == 0
     assert caller.map(0x1000, 0x2000, 2 * P) == 0
@@ -209,27 +212,170 @@ def test_vfio_8_9_a_write_back_that_fails_beats_the_result(caller: _Caller) -> N
     assert caller.unmap(0, 0, flags=2) == (0, 2 * P)  # the first area stays removed
 
 
-def test_vfio_8_1_cuts(caller: _Caller) -> None:
+# --- section 8.1, on made-up memory
+
+
+@pytest.fixture
+def v1() -> tuple[Caller, int]:
+    """A caller whose compat IOAS has its large pages disabled and maps 8 pages at 0, in a domain."""
+    caller = Caller()
+    caller.world.compat_ioctl = compat_ioctl
+    ioas = caller.ioas()
+    caller.do(u.iommu_vfio_ioas(op=1, ioas_id=ioas))
+    caller.raw(MAP_DMA, struct.pack("<IIQQQ", 32, 3, BUFFER, 0, 8 * P))
+    assert caller.context.ioctl(caller.proc.task(), SET_IOMMU, 1) == 0
+    caller.add_domain(ioas)
+    return caller, ioas
+
+
+def _unmap(caller: Caller, iova: int, size: int) -> tuple[str, int]:
+    """(errno's name or "0", size afterwards)."""
+    try:
+        caller.raw(UNMAP_DMA, struct.pack("<IIQQ", 24, 0, iova, size))
+        answer = "0"
+    except KernelError as error:
+        answer = errno_name(error.errno)
+    return answer, int.from_bytes(caller.host.peek(ARG + 16, 8), "little")
+
+
+def test_vfio_8_row_6_both_ends_are_cut(v1: tuple[Caller, int]) -> None:
+    caller, ioas = v1
+    assert _unmap(caller, 2 * P, 2 * P) == ("0", 2 * P)
+    assert caller.areas(ioas) == [(0, 2 * P - 1), (4 * P, 8 * P - 1)]
+    assert _unmap(caller, 0, P) == ("0", P)  # no cut below 0
+    assert caller.areas(ioas) == [(P, 2 * P - 1), (4 * P, 8 * P - 1)]
+
+
+def test_vfio_8_1_rows_1_and_2_where_nothing_is_cut(v1: tuple[Caller, int]) -> None:
+    caller, ioas = v1
+    assert _unmap(caller, 20 * P, P) == ("0", 0)  # row 1: nothing is there
+    assert _unmap(caller, 0, 8 * P) == ("0", 8 * P)  # row 2: the end is an end already
+    assert caller.areas(ioas) == []
+
+
+def test_vfio_8_1_row_2_one_byte_is_never_cut_off(v1: tuple[Caller, int]) -> None:
+    """A cut behind the first byte is none; the walk then finds an area that sticks out."""
+    caller, ioas = v1
+    assert _unmap(caller, 0, 1) == ("ENOENT", 0)
+    assert caller.areas(ioas) == [(0, 8 * P - 1)]
+
+
+def test_vfio_8_1_row_3_a_refusing_area(v1: tuple[Caller, int]) -> None:
+    caller, ioas = v1
+    (area,) = caller.table(ioas).areas.values()
+    area.prevent_access = True
+    assert _unmap(caller, 2 * P, P) == ("EBUSY", P)
+    area.prevent_access = False
+    gate = Gate(caller.proc)
+    other = Background(lambda: caller.map(ioas, 0x100000, 8 * P))
+    assert gate.reached.wait(10)
+    assert _unmap(caller, 0x102000, P) == ("EBUSY", P)  # still being mapped
+    gate.open()
+    other.result()
+
+
+def test_vfio_8_1_row_4_dma_bufs(v1: tuple[Caller, int]) -> None:
+    caller, ioas = v1
+    buffer = TestDmaBuf(caller.world, 8)
+
+    def held() -> TestDmaBuf:
+        buffer.get()
+        return buffer
+
+    caller.proc.files[9] = held
+    caller.do(u.iommu_ioas_map_file(flags=7, ioas_id=ioas, fd=9, length=8 * P, iova=0x100000))
+    assert _unmap(caller, 0x102000, P) == ("EOPNOTSUPP", P)
+    assert _unmap(caller, 0x100000, 8 * P) == ("0", 8 * P)
+
+
+def test_vfio_8_1_row_5_alignment_and_the_first_cut_stays(v1: tuple[Caller, int]) -> None:
+    caller, ioas = v1
+    assert _unmap(caller, 4 * P, P + 2048) == ("EINVAL", P + 2048)
+    assert caller.areas(ioas) == [(0, 8 * P - 1)]
+    assert _unmap(caller, P + 2048, 4 * P - 2048) == ("EINVAL", 4 * P - 2048)
+    assert caller.areas(ioas) == [(0, 5 * P - 1), (5 * P, 8 * P - 1)]
+
+
+def test_vfio_8_1_row_6_pins(v1: tuple[Caller, int]) -> None:
+    caller, ioas = v1
+    access = caller.access(ioas)
+    access.pin_pages(0, P, write=False, task=caller.proc.task())
+    assert _unmap(caller, 4 * P, P) == ("EINVAL", P)
+    access.unpin_pages(0, P)
+    assert _unmap(caller, 4 * P, P) == ("0", P)
+
+
+def test_vfio_8_1_row_8_pins_and_translations_stay(v1: tuple[Caller, int]) -> None:
+    caller, ioas = v1
+    (domain,) = caller.table(ioas).domains
+    before = frames_of(domain, 0, 8 * P)
+    assert (caller.pinned_vm, caller.user_pages) == (8, 8)
+    assert _unmap(caller, 2 * P, 0) == ("EINVAL", 0)  # only cuts
+    assert caller.areas(ioas) == [(0, 2 * P - 1), (2 * P, 8 * P - 1)]
+    assert frames_of(domain, 0, 8 * P) == before
+    assert (caller.pinned_vm, caller.user_pages) == (8, 8)
+    assert _unmap(caller, 0, 8 * P) == ("0", 8 * P)
+    caller.quiet()
+
+
+def test_vfio_8_row_7_what_is_no_range(v1: tuple[Caller, int]) -> None:
+    """The first cut is made where the range's end wraps to (as seen on 7.3.4)."""
+    caller, ioas = v1
+    assert _unmap(caller, 0, 0) == ("EINVAL", 0)
+    assert _unmap(caller, 5, ULMAX) == ("EINVAL", ULMAX)  # the cut behind byte 3 is refused
+    assert _unmap(caller, 2**64 - P, 2 * P) == ("EOVERFLOW", 0)
+    assert caller.areas(ioas) == [(0, P - 1), (P, 8 * P - 1)]
+
+
+# --- sections 5 to 8: what needs a compat IOAS, and section 10 (core 4.16)
+
+
+def test_vfio_6_row_3_and_all_that_need_a_compat_ioas(caller: _Caller) -> None:
+    """vfio 5 row 3, vfio 7 row 3, vfio 8 row 3: the struct is judged first, then the IOAS is missed."""
+    assert [caller.call(SET_IOMMU, n) for n in (1, 3, 2)] == [-errno.ENODEV, -errno.ENODEV, -errno.EINVAL]
+    assert caller.call(GET_INFO, bytearray(struct.pack("<I", 15) + bytes(20))) == -errno.EINVAL
+    assert caller.call(GET_INFO, bytearray(struct.pack("<I", 16) + bytes(20))) == -errno.ENODEV
+    assert caller.call(MAP_DMA, bytearray(struct.pack("<IIQQQ", 32, 4, 0, 0, P))) == -errno.EINVAL
+    assert caller.map(0, 0, P) == -errno.ENODEV
+    assert caller.unmap(0, 0, flags=4) == (-errno.EINVAL, 0)
+    assert caller.unmap(0, 7, flags=2) == (-errno.ENODEV, 7)
+
+
+def test_vfio_5_row_5_type_1_again(caller: _Caller) -> None:
     caller.set_compat(caller.ioas())
-    assert caller.call(SET_IOMMU, 1) == 0
-    assert caller.map(0x100000, 0, 8 * P) == 0
-    assert caller.unmap(0, 0) == (-errno.EINVAL, 0)  # row 7; the cut before byte 0 does not exist
-    assert caller.unmap(2 * P, 0) == (-errno.EINVAL, 0)
-    table = caller.context.compat_ioas.io_pagetable if caller.context.compat_ioas else None
-    assert table is not None
-    assert [(a, b) for a, b, _ in table.areas] == [(0, 2 * P - 1), (2 * P, 8 * P - 1)]  # but it was cut
-    assert caller.unmap(4 * P, P + 2048) == (-errno.EINVAL, P + 2048)  # row 5: not rewritten
-    assert caller.unmap(P + 2048, 4 * P - 2048) == (-errno.EINVAL, 4 * P - 2048)
-    assert [(a, b) for a, b, _ in table.areas][-1] == (5 * P, 8 * P - 1)  # the first cut stays
-    assert caller.unmap(P, 2 * P) == (0, 2 * P)
-    assert [(a, b) for a, b, _ in table.areas] == [(0, P - 1), (3 * P, 5 * P - 1), (5 * P, 8 * P - 1)]
-    assert caller.unmap(0, 0, flags=2) == (0, 6 * P)
+    assert [caller.call(SET_IOMMU, n) for n in (1, 1, 3, 1)] == [0, 0, 0, 0]
+    assert caller.context.compat_ioas is not None
+    assert caller.context.compat_ioas.io_pagetable.large_pages_disabled
+
+
+def test_vfio_10_rows_1_to_7(caller: _Caller) -> None:
+    def ask(op: int, ioas: int = 0, reserved: int = 0) -> tuple[int, int]:
+        b = bytearray(struct.pack("<IIHH", 12, ioas, op, reserved))
+        return caller.call(0x3B88, b), struct.unpack("<IIHH", b)[1]
+
+    assert ask(9, 0, 1) == (-errno.EOPNOTSUPP, 0)  # row 1: before the operation is looked at
+    assert ask(0, 7) == (-errno.ENODEV, 7)  # row 2
+    assert ask(1, 5) == (-errno.ENOENT, 5)  # row 4
+    first, second = caller.ioas(), caller.ioas()
+    assert ask(1, first) == (0, first)  # row 5
+    assert ask(1, second) == (0, second)
+    assert ask(0) == (0, second)  # row 3
+    assert ask(2) == (0, 0)  # row 6
+    assert ask(2) == (0, 0)
+    assert ask(0) == (-errno.ENODEV, 0)
+    assert ask(3) == (-errno.EOPNOTSUPP, 0)  # row 7
+
+
+def test_vfio_1_row_2_everything_else_has_a_size(caller: _Caller) -> None:
+    assert caller.call(0x3B81, 8) == -errno.EFAULT
+    assert caller.call(0x3BFF, 8) == -errno.ENOTTY
+    assert caller.call(0xC0003B81, 8) == -errno.EFAULT  # the size is read before the number is found to be wrong
 
 
 # --- sections 9.1 and 10.1
 
 
-def test_vfio_9_1_9_and_10_a_group_makes_the_compat_ioas_once(context: Context) -> None:
+def test_vfio_9_1_rows_9_and_10_a_group_makes_the_compat_ioas_once(context: Context) -> None:
     compat_ioas_create(context)
     assert [obj.kind for obj in context.objects] == ["IOAS"]
     first = compat_ioas_id(context)
@@ -241,14 +387,14 @@ def test_vfio_9_1_9_and_10_a_group_makes_the_compat_ioas_once(context: Context) 
         compat_ioas_id(context)
 
 
-def test_vfio_9_1_6_no_iommu_mode_and_a_compat_ioas_exclude_each_other(context: Context) -> None:
+def test_vfio_9_1_row_6_no_iommu_mode_and_a_compat_ioas_exclude_each_other(context: Context) -> None:
     compat_ioas_create(context)
     with _fails(errno.EINVAL):
         compat_set_no_iommu(context)
     assert not context.no_iommu_mode
 
 
-def test_vfio_9_1_8_no_iommu_mode_is_for_good(caller: _Caller, context: Context) -> None:
+def test_vfio_9_1_row_8_no_iommu_mode_is_for_good(caller: _Caller, context: Context) -> None:
     compat_set_no_iommu(context)
     compat_set_no_iommu(context)
     with _fails(errno.EINVAL):
@@ -265,8 +411,8 @@ def test_vfio_9_1_8_no_iommu_mode_is_for_good(caller: _Caller, context: Context)
     assert [caller.call(SET_IOMMU, n) for n in (1, 3)] == [-errno.EINVAL, -errno.EINVAL]
 
 
-def test_vfio_5_1_no_iommu_needs_raw_io(context: Context, caller: _Caller) -> None:
-    assert caller.call(SET_IOMMU, 8) == -errno.EINVAL  # row 2: not in no-IOMMU mode
+def test_vfio_5_row_1_no_iommu_needs_raw_io(context: Context, caller: _Caller) -> None:
+    assert caller.call(SET_IOMMU, 8) == -errno.EINVAL  # vfio 5 row 2
     compat_set_no_iommu(context)
     for capabilities, result in ((1 << CAP_SYS_RAWIO, 0), (~(1 << CAP_SYS_RAWIO), -errno.EPERM)):
         caller.backend.owner.pretended = capabilities

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import mmap
 import os
 import struct
@@ -10,6 +11,7 @@ import struct
 import pytest
 
 from iommufd.engine.task import CAP_SYS_RAWIO
+from iommufd.errors import KernelError
 from iommufd.iommu.drivers.pci_basic import PciBasicDriver
 from iommufd.machine.machine import Machine
 from tests.vfio.conftest import ALONE, EDU, FIRST, NETWORK, NIC, SECOND, Edu
@@ -57,7 +59,7 @@ def test_devices_11_1_a_device_that_left(p: Program) -> None:
     p.machine.pci.remove(ALONE)
     assert p.open("/dev/vfio/devices/vfio0") == "ENOENT"
     assert not device.registered
-    assert p.bind(fd, p.iommufd()) == "ENODEV"  # 11.2 row 11
+    assert p.bind(fd, p.iommufd()) == "ENODEV"  # devices 11.2 row 11
 
 
 # --- 11.2
@@ -130,6 +132,19 @@ def test_devices_11_2_row_12_the_binds_own_errors(p: Program) -> None:
     assert p.bind(fd, mine) == "EPERM"
     p.machine.world.allow_unsafe_interrupts = True
     assert p.bind(fd, mine) == 1
+
+
+def test_devices_11_2_row_13_a_model_that_refuses(p: Program) -> None:
+    class Refuses(Edu):
+        def opened(self) -> None:
+            raise KernelError(errno.EIO, "not today")
+
+    p.machine.pci.add("0000:03:00.0", EDU, model=Refuses)
+    fd, iommufd = p.cdev("0000:03:00.0"), p.iommufd()
+    assert p.bind(fd, iommufd) == "EIO"
+    assert len(p.context(iommufd).objects) == 0
+    assert p.context(iommufd).references == 1
+    assert isinstance(p.group("0000:03:00.0"), int)
 
 
 def test_devices_11_2_row_14_an_answer_that_cannot_be_written_unbinds(p: Program) -> None:
@@ -206,7 +221,7 @@ def test_devices_11_3_row_6_attach_and_replace(p: Program, iommufd: int, ioas: i
     assert p.destroy(iommufd, automatic) == "ENOENT"  # it went with its last user
     assert p.destroy(iommufd, mine) == "EBUSY"
     assert p.detach(fd) == 0
-    assert p.detach(fd) == 0  # 11.4 row 6
+    assert p.detach(fd) == 0  # devices 11.4 row 6
     assert p.destroy(iommufd, mine) == 0
 
 
@@ -294,7 +309,7 @@ def test_devices_11_3_row_7_a_failed_answer_detaches_the_rid(p: Program, iommufd
     assert p.destroy(iommufd, other) == "EBUSY"  # which stays attached
 
 
-def test_devices_11_4_arguments(p: Program, iommufd: int) -> None:
+def test_devices_11_4_rows_1_to_3_and_5(p: Program, iommufd: int) -> None:
     fd, _ = p.bound(ALONE, iommufd)
     assert p.call(fd, DETACH, BAD) == "EFAULT"
     for argsz, flags, answer in (

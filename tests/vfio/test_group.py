@@ -223,7 +223,7 @@ def test_devices_11_1_a_groups_file_cannot_be_bound_or_attached(p: Program, grou
     fd = device_fd(p, group, FIRST)
     assert isinstance(fd, int)
     assert p.file(fd).link == "anon_inode:[vfio-device]"
-    assert p.bind(fd, iommufd) == "EINVAL"  # 11.2 row 5
+    assert p.bind(fd, iommufd) == "EINVAL"  # devices 11.2 row 5
     assert p.call(fd, ATTACH, bytearray(16)) == "ENOTTY"
     assert p.call(fd, DETACH, bytearray(16)) == "ENOTTY"
 
@@ -280,9 +280,9 @@ def test_vfio_9_a_group_without_iommu(bare: Program) -> None:
     assert device_fd(bare, group, BARE) == "EINVAL"
     with_ioas = bare.iommufd()
     bare.set_compat(with_ioas, bare.ioas(with_ioas))
-    assert set_container(bare, group, with_ioas) == "EINVAL"  # 9.1 row 6
+    assert set_container(bare, group, with_ioas) == "EINVAL"  # vfio 9.1 row 6
     iommufd = bare.iommufd()
-    assert set_container(bare, group, iommufd) == 0  # row 7
+    assert set_container(bare, group, iommufd) == 0  # vfio 9.1 row 7
     context = bare.context(iommufd)
     assert context.no_iommu_mode
     assert len(context.objects) == 0

@@ -84,7 +84,11 @@ class VfioDevice:
                 raise KernelError(errno.ENODEV, f"{self.name} is gone")
             if context is not None:
                 self.idev = engine_device.bind(context, self.device)
-            self.function.opened()
+            try:
+                self.function.opened()
+            except BaseException:
+                self._unbind()
+                raise
         self.users += 1
 
     def close(self) -> None:
@@ -106,6 +110,9 @@ class VfioDevice:
         function.closed()
         function.drop_store()
         self.low_power = False
+        self._unbind()
+
+    def _unbind(self) -> None:
         idev = self.idev
         if idev is None:
             return

@@ -75,7 +75,7 @@ class PciFunction:
         self.clear_memory()
 
     def opened(self) -> None:
-        """The first user has the device."""
+        """The first user gets the device; KernelError refuses it."""
 
     def closed(self) -> None:
         """The last user gave it back; the function has been reset."""
