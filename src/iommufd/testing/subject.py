@@ -332,11 +332,12 @@ class Subject:
         self._note(["write", self._labels[fd], data.hex()], said)
         return answer
 
-    def poll(self, fd: int) -> int:
-        """The ready mask now, of IN, OUT, ERR, HUP and the NORM variants."""
-        events = select.POLLIN | select.POLLOUT | select.POLLRDNORM | select.POLLWRNORM
+    def poll(self, fd: int, *, wrnorm: bool = False) -> int:
+        """The ready mask now, of IN, OUT, RDNORM, ERR and HUP; of WRNORM too if asked for, which the pipes that stand
+        for queues under ``iommufd run`` always add (docs/deviations.md)."""
+        events = select.POLLIN | select.POLLOUT | select.POLLRDNORM | (select.POLLWRNORM if wrnorm else 0)
         mask = self.backend.poll(fd, events, 0)
-        self._note(["poll", self._labels[fd]], mask)
+        self._note(["poll", self._labels[fd], *([events] if wrnorm else [])], mask)
         return mask
 
     def mmap_device(self, fd: int, length: int, prot: int, flags: int, offset: int) -> memoryview | None:

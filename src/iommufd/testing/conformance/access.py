@@ -52,7 +52,7 @@ def the_access_file(s: Subject) -> None:
     access = access_on(s, fd, ioas)
     s.expect(s.read(access, 8).errno == EINVAL, "read is EINVAL")
     s.expect(s.write(access, b"x").errno == EINVAL, "write is EINVAL")
-    s.expect(s.poll(access) == 0x145, "always ready")
+    s.expect(s.poll(access, wrnorm=True) == 0x145, "always ready")
     s.expect(s.ioctl(access, 0x3B81, bytes(12)).errno == 25, "no ioctl")
     for bad in (fd, 9999):
         s.refuses(EBADFD, fd, t.test_access_pages(id=bad, iova=0, length=1))
