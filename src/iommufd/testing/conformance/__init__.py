@@ -31,6 +31,7 @@ CHAPTERS = (
     "auto_iova",
     "access",
     "devices",
+    "attach",
     "dirty",
     "faults",
     "viommu",
