@@ -55,11 +55,10 @@ def test_a_node_replaces_what_was_there(tree: Tree) -> None:
 
 
 def test_removal_takes_what_is_below(tree: Tree) -> None:
-    tree.add(directory("/sys/d", whole=True))
+    tree.add(directory("/sys/d"))
     tree.add(text_file("/sys/d/e/f", "1"))
     tree.remove("/sys/d")
     assert not tree.has("/sys/d")
-    assert not tree.is_whole("/sys/d/e")
     assert tree.has("/sys")
 
 
@@ -68,32 +67,6 @@ def test_real_paths_lead_back(tree: Tree) -> None:
         assert tree.virtual(tree.real(path)) == path
     assert tree.virtual("/tmp") is None
     assert tree.virtual(tree.root + "x") is None
-
-
-def test_a_shared_directory_lists_both(tree: Tree, tmp_path: Path) -> None:
-    (tmp_path / "host").mkdir()
-    (tmp_path / "file").write_text("x")
-    (tmp_path / "link").symlink_to("file")
-    tree.add(text_file(f"{tmp_path}/ours", "1"))
-    tree.add(text_file(f"{tmp_path}/file", "ours wins"))
-    at = tree.listing(str(tmp_path))
-    assert sorted(os.listdir(at)) == ["file", "host", "link", "ours"]
-    assert stat.S_ISDIR(os.lstat(f"{at}/host").st_mode)
-    assert os.readlink(f"{at}/link") == "file"
-    assert tree.virtual(at) == str(tmp_path)
-    # both sides may change
-    (tmp_path / "link").unlink()
-    (tmp_path / "new").write_text("")
-    tree.remove(f"{tmp_path}/ours")
-    assert sorted(os.listdir(tree.listing(str(tmp_path)))) == ["file", "host", "new"]
-
-
-def test_a_whole_directory_lists_ours_only(tree: Tree, tmp_path: Path) -> None:
-    (tmp_path / "host").mkdir()
-    tree.add(directory(str(tmp_path), whole=True))
-    tree.add(text_file(f"{tmp_path}/host/ours", "1"))
-    assert os.listdir(tree.listing(str(tmp_path))) == ["host"]
-    assert os.listdir(tree.listing(f"{tmp_path}/host")) == ["ours"]
 
 
 def test_nothing_is_left(tree: Tree) -> None:
