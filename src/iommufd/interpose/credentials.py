@@ -40,6 +40,6 @@ class Credentials:
         return self.credentials(trap)
 
     def unshare(self, trap: Trap) -> Proceed:
-        if trap.args[0] & CLONE_FILES and trap.tid in self._processes.threads:
+        if trap.args[0] & CLONE_FILES and self._processes.known(trap.tid) is not None:
             self._processes.tables_unshared(trap.tid)
         return self.namespaces(trap)

@@ -23,6 +23,7 @@ import select
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -119,6 +120,9 @@ class Supervisor:
         if leader is not None and leader.is_alive():
             interrupt(leader)  # before some Linux 6.x, RECV waits on when nobody is left
             leader.join(JOIN_SECONDS)
+        for thread in threading.enumerate():
+            if thread.name == "aside":
+                thread.join(JOIN_SECONDS)
         for pending in list(self._pendings.values()):
             pending.drop()
         self.carriers.close()
@@ -288,6 +292,7 @@ class Supervisor:
         poller.register(self._wake, select.POLLIN)
         groups: dict[int, ThreadGroup] = {}
         ticks, quiet, last = 0, 0, 0
+        last_tick = time.monotonic()
         inotify = self.carriers.inotify
         while not self._done:
             dormant = self._dormant
@@ -304,10 +309,11 @@ class Supervisor:
                         self.processes.activity += 1
                         ticks = quiet = 0
                 elif fd == inotify:
-                    self._drain()
+                    self._dormant = False
+                    self._aside(self._drain)
                 elif fd in groups:
                     poller.unregister(fd)
-                    self._group_ended(groups.pop(fd))
+                    self._aside(self._group_ended, groups.pop(fd))
                 elif event & select.POLLHUP:  # nobody is left under the filter
                     poller.unregister(fd)
             while self._new_groups:
@@ -315,8 +321,9 @@ class Supervisor:
                 if group.pidfd >= 0:
                     groups[group.pidfd] = group
                     poller.register(group.pidfd, select.POLLIN)
-            if self._dormant or events:
+            if self._dormant or (events and time.monotonic() - last_tick < TICK_SECONDS):
                 continue
+            last_tick = time.monotonic()
             ticks += 1
             call = self._leader.call
             if call > 0 and call == last:
@@ -334,7 +341,7 @@ class Supervisor:
 
     def _tick(self, ticks: int) -> None:
         if self.carriers.doubtful:
-            self._drain()
+            self._aside(self._drain)
         if self._pendings and ticks % PENDING_TICKS == 0:
             for number, pending in list(self._pendings.items()):
                 if not self.listener.valid(number) and self._pendings.pop(number, None) is not None:
@@ -344,6 +351,10 @@ class Supervisor:
             self.resolver.refresh()
             if len(self.processes.threads) > MANY_THREADS:
                 self.processes.prune()
+
+    def _aside(self, work: Callable[..., None], *args: object) -> None:
+        """Work that may take long is not the clock's, who must see when a call does."""
+        threading.Thread(target=work, args=args, name="aside", daemon=True).start()
 
     def _hand_over(self) -> None:
         worker = Worker()

@@ -85,6 +85,11 @@ class Unmaps:
 
     def _thread(self, trap: Trap) -> Thread | None:
         """The caller, if its address space has anything pinned."""
+        for group in list(self._processes.groups.values()):
+            if group.space is not None and group.space.pinned_vm:
+                break
+        else:
+            return None  # nobody's has
         try:
             thread = self._processes.known(trap.tid)
         except OSError:
