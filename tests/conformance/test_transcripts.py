@@ -22,7 +22,7 @@ TRANSCRIPTS = Path(__file__).parent / "transcripts" / "linux-7.3"
 def test_the_software_answers_as_the_kernel_did(check: Check) -> None:
     path = TRANSCRIPTS / f"{check.name}.json"
     assert path.exists(), f"{check.name} has not been recorded on a kernel: make oracle"
-    failure, played = play(check, software_subject())
+    failure, played = play(check, software_subject(check.needs))
     assert difference(load(path), played) is None, failure
     assert failure is None
 

@@ -63,6 +63,25 @@ def _pci(name: str, kernel: tuple[int, ...]) -> Machine:
     return machine
 
 
+def _edu(name: str, kernel: tuple[int, ...]) -> Machine:
+    """QEMU's edu three times, the second and third in one group: what the VM of ``make oracle`` has with --vfio."""
+    from iommufd.vfio.pci_config import Bar, PciLayout
+
+    machine = Machine(name, kernel=kernel)
+    layout = PciLayout(
+        vendor=0x1234,
+        device=0x11E8,
+        class_code=0x00FF00,
+        revision=0x10,
+        bars=(Bar(1 << 20),),
+        express=False,
+        power_management=False,
+    )
+    for address, group in (("0000:00:03.0", None), ("0000:01:01.0", "bridge"), ("0000:01:02.0", "bridge")):
+        machine.pci.add(address, layout, group=group)
+    return machine
+
+
 DEFECTS_7_3_4 = frozenset({"dmabuf-get-returns-0", "fault-cookie-0-becomes-free", "hw-queue-destroy-clears-slot-0"})
 """What Linux 7.3.4 does otherwise than intended and ``mock@7.3.4`` repeats."""
 
@@ -71,6 +90,7 @@ PRESETS: dict[str, Preset] = {
     for preset in (
         Preset("default", "/dev/iommu and /dev/vfio/vfio, no devices", _default),
         Preset("pci", "three PCI functions bound to vfio-pci behind an IOMMU, two of them in one group", _pci),
+        Preset("edu", "three devices like QEMU's edu bound to vfio-pci, without PASIDs, two in one group", _edu),
         Preset("mock", "the kernel's selftest hardware and its test command, behaving as intended", _mock),
         Preset("mock@7.3.4", "the same, bit for bit as Linux 7.3.4 behaves, its defects included", _mock_7_3_4),
     )

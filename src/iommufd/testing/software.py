@@ -1,16 +1,30 @@
-"""A Subject over a software machine in this process."""
+"""Subjects over software machines in this process, chosen by what a check needs."""
 
 from __future__ import annotations
 
 from iommufd.client.backends.software import SoftwareBackend
+from iommufd.machine.machine import Machine
 from iommufd.machine.presets import preset
 from iommufd.testing.subject import Subject
 
+MOCK = "mock@7.3.4"
 
-def software_subject(machine: str = "mock@7.3.4") -> Subject:
-    """A fresh machine of a preset, its memory events wired to the subject's arena.
+
+def machine_for(needs: frozenset[str]) -> Machine:
+    """``vtd``: devices behind an IOMMU; ``noiommu``: a device without one; otherwise the mock hardware, bit for bit."""
+    if "vtd" in needs:
+        return preset("edu")
+    if "noiommu" in needs:
+        machine = preset(MOCK)
+        machine.pci.add("0000:00:04.0", noiommu=True)
+        return machine
+    return preset(MOCK)
+
+
+def software_subject(needs: frozenset[str] = frozenset()) -> Subject:
+    """A fresh machine with what a check ``needs``, its memory events wired to the subject's arena.
 
     The caller has every capability, as root on the machine where transcripts are recorded."""
-    backend = SoftwareBackend(preset(machine))
+    backend = SoftwareBackend(machine_for(needs))
     backend.owner.pretended = 2**64 - 1
-    return Subject(backend, before_unmap=backend.owner.space.unmap)
+    return Subject(backend, before_unmap=backend.owner.space.unmap, numbers=lambda: set(backend.descriptors.numbers))

@@ -10,11 +10,13 @@ Where a field of a struct holds a descriptor is data: :data:`FD_FIELDS`.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import mmap
 import os
+import resource
 import select
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from iommufd.errors import errno_name
@@ -48,6 +50,7 @@ _GIVEN: dict[tuple[int, int | None], tuple[int, ...]] = {
     (0x3BA0, 8): (8,),  # ACCESS_RW.id
     (0x3BA0, 11): (8,),  # ACCESS_REPLACE_IOAS.id
     (0x3BA0, 23): (16,),  # DMABUF_REVOKE.dmabuf_fd
+    (0x3B68, None): (0,),  # VFIO_GROUP_SET_CONTAINER
     (0x3B76, None): (8,),  # VFIO_DEVICE_BIND_IOMMUFD.iommufd
 }
 _HANDED: dict[tuple[int, int | None], tuple[int, ...]] = {
@@ -69,6 +72,11 @@ def shown(data: bytes) -> str:
         if len(data) - len(head) >= 32:
             return f"{head.hex()}({data[-1]:02x})*{len(data) - len(head)}"
     return data.hex()
+
+
+def open_numbers() -> set[int]:
+    """The process's descriptors, but for the one that the look at them takes."""
+    return {int(name) for name in os.listdir("/proc/self/fd") if os.path.lexists(f"/proc/self/fd/{name}")}
 
 
 class Answer:
@@ -116,11 +124,18 @@ class Subject:
     """A backend with an arena of memory, and the transcript of what it was asked and said.
 
     ``before_unmap(start, end)`` is called before memory of the arena goes away; the in-process machine needs to know,
-    a kernel sees it. ``test_device`` says whether the machine has the selftest hardware.
+    a kernel sees it. ``numbers`` are the descriptors that the program has, apart from those a machine in this process
+    takes for itself.
     """
 
-    def __init__(self, backend: Backend, before_unmap: Callable[[int, int], None] | None = None) -> None:
+    def __init__(
+        self,
+        backend: Backend,
+        before_unmap: Callable[[int, int], None] | None = None,
+        numbers: Callable[[], set[int]] = open_numbers,
+    ) -> None:
         self.backend = backend
+        self._numbers = numbers
         self.transcript: list[list[Any]] = []
         self._before_unmap = before_unmap
         self._labels: dict[int, str] = {}
@@ -194,6 +209,29 @@ class Subject:
         self._own.update(pair)
         self._note(["pipe"], [self._label(fd) for fd in pair])
         return pair
+
+    def dma_buf(self, fd: int, length: int, flags: int = 2) -> int:
+        """A dma-buf of the test exporter. Its number is found by what is new among the process's own: 7.3.4 does not
+        report it."""
+        before = self._numbers()
+        self.do(fd, t.test_dmabuf_get(length=length, open_flags=flags))
+        new = list(self._numbers() - before)
+        self.expect(len(new) == 1, f"one new descriptor, not {new}")
+        self._note(["dma_buf"], self._label(new[0]))
+        return new[0]
+
+    @contextlib.contextmanager
+    def no_free_descriptors(self) -> Iterator[None]:
+        """Within it the process gets no further descriptor (RLIMIT_NOFILE is at the lowest free number)."""
+        lowest = os.dup(0)
+        os.close(lowest)
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        self._note(["no_free_descriptors"], 0)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (lowest, hard))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
     def close(self, fd: int) -> None:
         self._note(["close", self._labels.pop(fd)], 0)

@@ -33,11 +33,13 @@ CHAPTERS = (
     "devices",
     "attach",
     "dirty",
+    "dmabufs",
     "faults",
     "viommu",
     "vevents",
     "hw_queues",
     "vfio_compat",
+    "vfio_cuts",
 )
 
 

@@ -16,6 +16,7 @@ from iommufd.testing.conformance.common import (
     mock_domain,
     open_ioas,
     unmap,
+    unwritable,
 )
 from iommufd.testing.subject import PAGE, Subject
 from iommufd.uapi import iommufd as u
@@ -228,7 +229,7 @@ def accesses_and_domains_share_the_pin(s: Subject) -> None:
     s.refuses(EINVAL, fd, t.test_md_check_map(id=hwpt, iova=APERTURE + PAGE, length=PAGE, uptr=s.page(1)))
 
 
-@check("mock 7")
+@check("mock 7", "mock 6.2 row 5", "mock 6.6 row 5")
 def accesses_in_the_syzkaller_form(s: Subject) -> None:
     fd, ioas = open_ioas(s)
     map_fixed(s, fd, ioas, s.page(0), PAGE, 0x5000)
@@ -238,6 +239,7 @@ def accesses_in_the_syzkaller_form(s: Subject) -> None:
     s.do(fd, t.test_access_rw(id=access, iova=1 | PAGE << 32, length=5, uptr=s.page(8), flags=0x10000))
     s.expect(s.peek(s.page(8), 5) == b"hello", "the second area's second page")
     out = s.do(fd, t.test_access_pages(id=access, iova=0, length=PAGE, flags=0x10000))
+    s.refuses(ENOENT, fd, t.test_access_pages(id=access, iova=2, length=PAGE, flags=0x10000))
     s.expect(out.iova == 0, "the converted value is not shown")
 
 
@@ -272,3 +274,26 @@ def the_checking_ops_check(s: Subject) -> None:
     s.refuses(EFAULT, fd, t.test_md_check_refs(length=PAGE, uptr=s.page(9)))
     s.poke(s.page(8), b"x")
     s.refuses(5, fd, t.test_md_check_refs(length=PAGE, uptr=s.page(8), refs=1))
+
+
+@check("mock 6.1 row 3", "mock 6.1 row 7")
+def an_access_without_descriptor_or_answer(s: Subject) -> None:
+    """Every descriptor taken is ENOMEM here, not EMFILE; an answer that cannot be written undoes the access."""
+    fd, ioas = open_ioas(s)
+    with s.no_free_descriptors():
+        s.refuses(ENOMEM, fd, t.test_create_access(id=99))
+    unwritable(s, fd, t.test_create_access(id=ioas, flags=PINS))
+    s.expect(free_ranges(s, fd, ioas)[1] == 1, "its alignment went with it")
+    s.expect(ioas_alloc(s, fd) == ioas + 1, "and its id")
+    s.do(fd, u.iommu_destroy(id=ioas))
+
+
+@check("mock 5.1 row 4", "mock 5.1 row 5")
+def reserving(s: Subject) -> None:
+    fd, ioas = open_ioas(s)
+    map_fixed(s, fd, ioas, s.page(0), PAGE, 0x4000)
+    for start, length in ((0x4FFF, 1), (0x3FFF, 2), (0, ULMAX)):
+        s.refuses(EADDRINUSE, fd, t.test_add_reserved(id=ioas, start=start, length=length))
+    for start, length in ((0x3FFF, 1), (0x5000, 3), (0x5001, 0x1000), (0x3FFF, 1)):
+        s.do(fd, t.test_add_reserved(id=ioas, start=start, length=length))
+    s.expect(free_ranges(s, fd, ioas)[0] == [(0, 0x3FFE), (0x4000, 0x4FFF), (0x6001, ULMAX)], "they may overlap")

@@ -77,6 +77,7 @@ def set_dirty_tracking_refuses(s: Subject) -> None:
     "core 8.2 row 6",
     "core 8.2 row 7",
     "core 8.2 row 8",
+    *(f"devices 6.2 row {n}" for n in range(1, 9)),
 )
 def get_dirty_bitmap_refuses(s: Subject) -> None:
     fd, ioas, hwpt = dirty_hwpt(s)
@@ -95,7 +96,16 @@ def get_dirty_bitmap_refuses(s: Subject) -> None:
     s.refuses(EOPNOTSUPP, fd, get(plain, PAGE))
 
 
-@check("core 8.2 row 10", "core 8.3 bits", "mock 2.7 entries", "mock 5.4 row 7")
+@check(
+    "core 8.2 row 10",
+    "core 8.3 bits",
+    "mock 2.7 entries",
+    "mock 5.4 row 6",
+    "mock 5.4 row 7",
+    "devices 6.2 row 10",
+    "devices 6.2 row 11",
+    "devices 6.2 row 12",
+)
 def entries_are_reported_and_cleaned(s: Subject) -> None:
     """An ordinary page is one entry of two 2 KiB units."""
     fd, _, hwpt = dirty_hwpt(s)
@@ -154,7 +164,9 @@ def collection_stops_at_a_gap(s: Subject) -> None:
     s.expect(bitmap(s, fd, hwpt, 2 * PAGE, iova=APERTURE + 4 * PAGE)[0] == 0, "nothing is mapped at the start")
 
 
-@check("core 8.1 row 4", "core 8.1 row 5", "mock 2.7 enable", "mock 5.4 row 4")
+@check(
+    "core 8.1 row 4", "core 8.1 row 5", "mock 2.7 enable", "mock 5.4 row 4", "devices 6.1 row 4", "devices 6.1 row 5"
+)
 def enabling_cleans_disabling_keeps(s: Subject) -> None:
     fd, ioas, hwpt = dirty_hwpt(s)
     mark(s, fd, hwpt, [0])

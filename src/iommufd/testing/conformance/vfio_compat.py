@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import struct
-from errno import EADDRINUSE, EEXIST, EFAULT, EINVAL, ENODEV, ENOENT, ENOTTY, EOVERFLOW, EPERM
+from errno import EADDRINUSE, EEXIST, EFAULT, EINVAL, ENODEV, ENOENT, ENOTTY, EOPNOTSUPP, EOVERFLOW, EPERM
 
 from iommufd.testing.conformance import check
-from iommufd.testing.conformance.common import APERTURE, ULMAX, map_fixed, mock_domain, open_ioas, reserve
+from iommufd.testing.conformance.common import APERTURE, ULMAX, map_fixed, mock_domain, open_ioas, reserve, unwritable
 from iommufd.testing.subject import PAGE, SCRATCH, Answer, Subject
 from iommufd.uapi import iommufd as u
 from iommufd.uapi import iommufd_test as t
@@ -199,3 +199,82 @@ def v1_cuts_areas(s: Subject) -> None:
     s.expect(unmap_dma(s, fd, a + 4 * PAGE, 2048) == (EINVAL, 2048), "half a page: not rewritten")
     s.expect(unmap_dma(s, fd, a + PAGE, 4 * PAGE) == (0, 2 * PAGE), "parts of two areas over a hole")
     s.expect(unmap_dma(s, fd, a, ULMAX - a) == (0, 3 * PAGE), "the rest")
+
+
+@check("vfio 1 row 1", "vfio 1 row 2")
+def two_dialects_on_one_descriptor(s: Subject) -> None:
+    """VFIO's commands are known by their whole value and need not point anywhere; iommufd's begin with a size."""
+    fd = s.open()
+    s.expect(value(s, fd, GET_API_VERSION, 1).result == 0, "the argument is not touched")
+    for cmd in (GET_API_VERSION | 1 << 30, GET_API_VERSION & 0xFF, 0x3C64, 0x3BA1, 0x3BFF, 0x3B00, 0x3B7F):
+        s.expect(value(s, fd, cmd, 1).errno == ENOTTY, f"{cmd:#x} at a bad address is ENOTTY")
+    for cmd in (0x3B80, 0x3B96, 0x80, 0x3C81, 0x3BA0):
+        s.expect(value(s, fd, cmd, 1).errno == EFAULT, f"{cmd:#x} reads a size first")
+        wrong = s.ioctl(fd, cmd | 1 << 30, (4096).to_bytes(4, "little") + bytes(60))
+        s.expect(wrong.errno == ENOTTY, f"{cmd:#x} with a direction is ENOTTY")
+    readonly = s.open(flags=0)
+    s.expect(value(s, readonly, GET_API_VERSION).result == 0, "on a descriptor opened for reading, too")
+
+
+@check("vfio 5 row 2", "vfio 5 row 3", "vfio 5 row 5")
+def set_iommu_and_its_order(s: Subject) -> None:
+    fd = s.open()
+    for kind in (0, 2, 4, 8, 2**32 + 1):
+        s.expect(value(s, fd, SET_IOMMU, kind).errno == EINVAL, f"type {kind} beats the missing IOAS")
+    for kind in (1, 3):
+        s.expect(value(s, fd, SET_IOMMU, kind).errno == ENODEV, f"type {kind} without an IOAS")
+    fd, ioas = compat(s)
+    s.do(fd, u.iommu_option(option_id=1, op=0, object_id=ioas, val64=0))
+    mock_domain(s, fd, ioas)
+    map_fixed(s, fd, ioas, s.page(0), PAGE, APERTURE)
+    ok(s, value(s, fd, SET_IOMMU, 1))  # nothing to take away, so the full domain does not matter
+
+
+@check("vfio 6 row 3", "vfio 6 row 2", "vfio 6 row 4", "vfio 6 row 5")
+def get_info_and_its_order(s: Subject) -> None:
+    fd = s.open()
+    s.expect(value(s, fd, GET_INFO, 0).errno == EFAULT, "NULL")
+    s.expect(s.ioctl(fd, GET_INFO, (15).to_bytes(4, "little") + bytes(12)).errno == EINVAL, "argsz first")
+    s.expect(s.ioctl(fd, GET_INFO, (16).to_bytes(4, "little") + bytes(12)).errno == ENODEV, "then the IOAS")
+    fd, _ = compat(s)
+    s.munmap(s.page(41), PAGE)
+    edge = s.page(41) - 24
+    s.poke(edge, (72).to_bytes(4, "little") + b"\xaa" * 20)
+    s.expect(s.ioctl(fd, GET_INFO, at=edge, poke=False).errno == EFAULT, "the capabilities cannot be written")
+    s.expect(s.peek(edge + 4, 20) == b"\xaa" * 20, "and the header was not")
+    s.poke(edge, (24).to_bytes(4, "little"))
+    ok(s, s.ioctl(fd, GET_INFO, at=edge, poke=False))
+    s.poke(s.page(40), (16).to_bytes(4, "little"))
+    s.mprotect(s.page(40), PAGE, 1)
+    s.expect(s.ioctl(fd, GET_INFO, at=s.page(40), poke=False).errno == EFAULT, "nor here")
+
+
+@check("vfio 7 row 3", "vfio 7 row 2", "vfio 7 row 4")
+def map_dma_and_its_order(s: Subject) -> None:
+    fd = s.open()
+    s.expect(map_dma(s, fd, ULMAX, 0, 2, flags=8).errno == EINVAL, "flags first")
+    s.expect(map_dma(s, fd, ULMAX, 0, 2).errno == ENODEV, "then the IOAS")
+    s.do(fd, u.iommu_vfio_ioas(op=1, ioas_id=s.do(fd, u.iommu_ioas_alloc()).out_ioas_id))
+    s.expect(map_dma(s, fd, ULMAX, ULMAX, 2).errno == EOVERFLOW, "then the memory")
+
+
+@check(*(f"vfio 10 row {n}" for n in range(1, 8)))
+def vfio_ioas(s: Subject) -> None:
+    fd, ioas = open_ioas(s)
+    _, hwpt, _ = mock_domain(s, fd, ioas)
+    s.refuses(EOPNOTSUPP, fd, u.iommu_vfio_ioas(reserved=1, op=9))
+    s.refuses(ENODEV, fd, u.iommu_vfio_ioas(op=0))
+    for wrong in (0, 99, hwpt):
+        s.refuses(ENOENT, fd, u.iommu_vfio_ioas(op=1, ioas_id=wrong))
+    s.do(fd, u.iommu_vfio_ioas(op=2))
+    s.do(fd, u.iommu_vfio_ioas(op=1, ioas_id=ioas))
+    s.expect(s.do(fd, u.iommu_vfio_ioas(op=0, ioas_id=77)).ioas_id == ioas, "its id")
+    unwritable(s, fd, u.iommu_vfio_ioas(op=0))
+    other = s.do(fd, u.iommu_ioas_alloc()).out_ioas_id
+    s.do(fd, u.iommu_vfio_ioas(op=1, ioas_id=other))
+    s.expect(s.do(fd, u.iommu_vfio_ioas(op=0)).ioas_id == other, "the newer one")
+    s.do(fd, u.iommu_vfio_ioas(op=2, ioas_id=99))
+    s.refuses(ENODEV, fd, u.iommu_vfio_ioas(op=0))
+    s.do(fd, u.iommu_destroy(id=other))
+    for op in (3, 2**16 - 1):
+        s.refuses(EOPNOTSUPP, fd, u.iommu_vfio_ioas(op=op))
