@@ -10,8 +10,10 @@ from iommufd.errors import KernelError
 from iommufd.iommu.device import Device as CoreDevice
 from iommufd.iommu.driver import Capability, HasHwInfo, HwInfo
 from iommufd.uapi import iommufd as u
+from iommufd.uapi import releases
 from iommufd.uapi.commands import BY_NAME, Command
 
+INPUT_TYPE = u.IOMMU_HW_INFO_FLAG_INPUT_TYPE
 ZEROS = 1 << 20  # bytes of the caller's buffer cleared at a time
 
 
@@ -19,11 +21,12 @@ def get_hw_info(call: Call) -> None:
     """IOMMU_GET_HW_INFO; a truncated copy is a success, ``data_len`` becomes what there was to copy."""
     cmd = call.cmd
     assert isinstance(cmd, u.iommu_hw_info)
-    if cmd.flags & ~u.IOMMU_HW_INFO_FLAG_INPUT_TYPE:  # step 1
+    known = 0 if releases.later(("IOMMU_HW_INFO_FLAG_INPUT_TYPE",), call.world.kernel) else INPUT_TYPE
+    if cmd.flags & ~known:  # step 1
         raise KernelError(errno.EOPNOTSUPP, f"unknown flags {cmd.flags:#x}")
     if any(cmd.reserved):  # step 2
         raise KernelError(errno.EOPNOTSUPP, "__reserved is not zero")
-    given = bool(cmd.flags & u.IOMMU_HW_INFO_FLAG_INPUT_TYPE)
+    given = bool(cmd.flags & INPUT_TYPE)
     requested = cmd.in_data_type if given else u.IOMMU_HW_INFO_TYPE_DEFAULT  # step 3
     idev = call.get(cmd.dev_id, Device)  # step 4
     device, driver = idev.device, idev.device.driver

@@ -28,7 +28,15 @@ from iommufd.errors import KernelError
 from iommufd.iommu.user_data import UserData
 from iommufd.iommu.viommu import AllocatesNestedOnViommu
 from iommufd.uapi import iommufd as u
+from iommufd.uapi import releases
 from iommufd.uapi.commands import BY_NAME, Command
+
+FLAG_NAMES = (
+    "IOMMU_HWPT_ALLOC_NEST_PARENT",
+    "IOMMU_HWPT_ALLOC_DIRTY_TRACKING",
+    "IOMMU_HWPT_FAULT_ID_VALID",
+    "IOMMU_HWPT_ALLOC_PASID",
+)
 
 
 def hwpt_alloc(call: Call) -> None:
@@ -44,6 +52,9 @@ def hwpt_alloc(call: Call) -> None:
         pt = call.get(cmd.pt_id, Object)  # step 4
     except KernelError as error:
         raise KernelError(errno.EINVAL, error.why) from None
+    for name in releases.later(FLAG_NAMES, call.world.kernel):
+        if cmd.flags & getattr(u, name):
+            raise KernelError(errno.EOPNOTSUPP, f"this release does not know {name}")
     data = UserData(call.task, cmd.data_type, cmd.data_uptr, cmd.data_len) if cmd.data_len else None
     hwpt: Hwpt
     if isinstance(pt, IOAS):  # step 5

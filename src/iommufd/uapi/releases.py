@@ -24,6 +24,8 @@ VFIO: PCI_ATOMIC_COMP 6.5, BUS_MASTER 6.7, PASID attach 6.15; what is older than
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from iommufd.uapi.declare import Release
 
 # Values younger than the enum or flag set they belong to; a value not named here came with its enum.
@@ -55,3 +57,8 @@ VALUES: dict[str, Release] = {
     "VFIO_DEVICE_ATTACH_PASID": (6, 15),
     "VFIO_DEVICE_DETACH_PASID": (6, 15),
 }
+
+
+def later(names: Iterable[str], at: Release) -> tuple[str, ...]:
+    """Those of ``names`` (C constants) that release ``at`` did not have yet."""
+    return tuple(name for name in names if VALUES.get(name, at) > at)
