@@ -66,6 +66,26 @@ class Steps:
             self._sums[b : b + 1] = [sum(steps[:half]), sum(steps[half:])]
             mins.insert(b + 1, positions[half])
 
+    def shift(self, start: int, end: int, by: int) -> bool:
+        """``step(start, by)`` and ``step(end, -by)`` at once where that only moves one step from ``start`` to ``end``,
+        as when pages are pinned or let go one after the other; False (and nothing done) elsewhere."""
+        b = bisect_right(self._mins, start) - 1
+        if b < 0:
+            return False
+        positions = self._at[b]
+        i = bisect_left(positions, start)
+        if i == len(positions) or positions[i] != start or self._by[b][i] != -by:
+            return False
+        if i + 1 < len(positions):
+            if positions[i + 1] <= end:
+                return False
+        elif b + 1 < len(self._mins) and self._mins[b + 1] <= end:
+            return False
+        positions[i] = end
+        if i == 0:
+            self._mins[b] = end
+        return True
+
     def value(self, index: int) -> int:
         """The count of page ``index``."""
         b = bisect_right(self._mins, index) - 1

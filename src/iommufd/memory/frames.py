@@ -151,6 +151,12 @@ class Chunk:
                     self._release_if_unused()
 
     def _add(self, start: int, end: int, by: int) -> None:
+        steps = self._steps
+        if steps is not None and start != 0 and end != self.npages:
+            if not steps.shift(start, end, by):
+                steps.step(start, by)
+                steps.step(end, -by)
+            return
         if start == 0:
             self._base += by
         else:

@@ -210,7 +210,9 @@ class AddressSpace:
                 if vma is None or vma.start > va:  # row "no VMA"
                     raise KernelError(errno.EFAULT, f"nothing is mapped at {va:#x} of {self.name}")
                 check_pin(vma, va, write, long_term)
-                stop = min(end, vma.end >> PAGE_SHIFT)
+                stop = vma.end >> PAGE_SHIFT
+                if stop > end:
+                    stop = end
                 if self.guard_check is not None and self.guard_check(va, stop << PAGE_SHIFT):
                     raise KernelError(errno.EFAULT, f"a guard region lies within {va:#x}-{stop << PAGE_SHIFT:#x}")
                 if vma.ino and not self.host.peek((stop - 1) << PAGE_SHIFT, 1):  # row "beyond mapped file EOF"
