@@ -42,10 +42,11 @@ class ResponseCode(IntEnum):
 class PageRequest:
     """One page request exactly as the hardware reported it (kernel: struct iommu_fault_page_request).
 
-    ``flags``: PASID_VALID 1, LAST_PAGE 2. ``perm``: READ 1, WRITE 2, EXEC 4, PRIV 8. ``addr`` in bytes.
+    ``flags``: PASID_VALID 1, LAST_PAGE 2. ``perm``: READ 1, WRITE 2, EXEC 4, PRIV 8. ``addr`` in bytes. ``answer`` is
+    what the hardware was told, None until then and for requests without LAST_PAGE.
     """
 
-    __slots__ = ("addr", "flags", "grpid", "pasid", "perm")
+    __slots__ = ("addr", "answer", "flags", "grpid", "pasid", "perm")
 
     def __init__(self, *, flags: int, pasid: int, grpid: int, perm: int, addr: int) -> None:
         self.flags = flags
@@ -53,6 +54,7 @@ class PageRequest:
         self.grpid = grpid
         self.perm = perm
         self.addr = addr
+        self.answer: ResponseCode | None = None
 
     def __repr__(self) -> str:
         pasid = f" pasid {self.pasid}" if self.flags & PASID_VALID else ""
@@ -161,6 +163,7 @@ class FaultGroup:
 
 def respond(device: Device, request: PageRequest, code: ResponseCode) -> None:
     """Gives the driver its answer to a request with LAST_PAGE set; a driver that does not listen gets none."""
+    request.answer = code
     driver = device.driver
     if driver is not None and isinstance(driver, RespondsToPages):
         driver.page_response(device, request, code)

@@ -29,6 +29,7 @@ from iommufd.vfio.pci_function import PciFunction
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
+    from iommufd.iommu.driver import ReservedRegion
     from iommufd.machine.machine import Machine
     from iommufd.machine.node import Node
 
@@ -81,12 +82,14 @@ class PciBus:
     @property
     def driver(self) -> PciBasicDriver:
         if self._driver is None:
-            self._driver = PciBasicDriver()
+            from iommufd.machine.builder import iommu_named  # builds on us
+
+            self._driver = iommu_named(self.machine, None)
         return self._driver
 
     @driver.setter
     def driver(self, driver: PciBasicDriver) -> None:
-        self._driver = driver
+        self._driver = self.machine.iommus[driver.iommu.name] = driver
 
     def __getitem__(self, address: str) -> VfioDevice:
         """The VFIO device at ``address``; KeyError when there is none."""
@@ -111,20 +114,23 @@ class PciBus:
         noiommu: bool = False,
         pasids: int = 0,
         isolated_msi: bool = True,
+        reserved: tuple[ReservedRegion, ...] = (),
     ) -> VfioDevice:
         """A function at ``address`` (``DDDD:BB:DD.F``), bound to vfio-pci.
 
         ``model`` makes the function behind it (default: memory BARs work, registers read as all ones). ``pasids``: how
         many PASIDs the function can tell apart. ``noiommu``: there is no IOMMU in front of it. ``isolated_msi`` False:
-        binding it is EPERM unless unsafe interrupts are allowed. ValueError for an address that is malformed or
-        taken."""
-        if not ADDRESS.fullmatch(address):
+        binding it is EPERM unless unsafe interrupts are allowed. ``reserved``: what the firmware's tables reserve for
+        it. ValueError for an address that is malformed or taken."""
+        if not isinstance(address, str) or not ADDRESS.fullmatch(address):
             raise ValueError(f"{address!r} is not a PCI address of the form 0000:00:1f.7")
         if address in self.slots or address in self._bridges:
             raise ValueError(f"there is a PCI function at {address} already")
         if noiommu and group in self._groups:
             raise ValueError(f"group {group!r} cannot hold {address}: a function without an IOMMU is alone")
         layout = layout if layout is not None else PciLayout()
+        if not noiommu and reserved:
+            (driver if driver is not None else self.driver).firmware_regions[address] = reserved
         core = self._core_device(address, driver, noiommu, pasids, isolated_msi)
         slot = Slot(address, core, model(layout, address, self._place(layout)), self._join_group(group, core))
         self.slots[address] = slot

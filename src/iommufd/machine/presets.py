@@ -10,10 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from iommufd.engine.world import LATEST
-from iommufd.machine.machine import Machine
-from iommufd.uapi.declare import release
-
-FIRST_RELEASE = (6, 2)
+from iommufd.machine.machine import Machine, shown_release
 
 
 class UnknownMachine(ValueError):
@@ -43,12 +40,7 @@ def _mock_7_3_4(name: str, kernel: tuple[int, ...]) -> Machine:
 
 def _with_test_hardware(machine: Machine) -> Machine:
     """A kernel built for tests: CONFIG_IOMMUFD_TEST and fault injection."""
-    from iommufd.machine import fault_files  # the default machine pays for none of this
-    from iommufd.selftest.driver import MockDriver
-    from iommufd.selftest.test_command import TOP_NR, TestCommand
-
-    machine.add_rows(TestCommand(MockDriver()).rows, TOP_NR)
-    fault_files.mount(machine)
+    machine.add_mock()
     return machine
 
 
@@ -98,15 +90,16 @@ PRESETS: dict[str, Preset] = {
 
 
 def preset(name: str, kernel: str | tuple[int, ...] | None = None) -> Machine:
-    """The machine called ``name``; ``kernel`` ("6.6") hides what later releases added (default: the latest known).
+    """The machine called ``name``, or described by the file ``name`` (``*.toml``, or anything with a slash).
 
-    UnknownMachine when there is none of that name, ValueError for a release without iommufd."""
+    ``kernel`` ("6.6") hides what later releases added (default: the latest known, or what the file says).
+    UnknownMachine when there is none of that name, ValueError for a release without iommufd or a wrong description,
+    OSError when the file cannot be read."""
+    if name.endswith(".toml") or "/" in name:
+        from iommufd.machine.description import load  # few machines are described
+
+        return load(name, kernel)
     found = PRESETS.get(name)
     if found is None:
-        raise UnknownMachine(f"there is no machine {name!r}; there are: {', '.join(PRESETS)}")
-    wanted = LATEST if kernel is None else release(kernel) if isinstance(kernel, str) else tuple(kernel)
-    if len(wanted) < 2:
-        raise ValueError(f"a kernel release has at least two numbers, not {kernel!r}")
-    if wanted[:2] < FIRST_RELEASE:
-        raise ValueError(f"Linux {'.'.join(map(str, wanted))} has no /dev/iommu; it came with 6.2")
-    return found.build(name, wanted)
+        raise UnknownMachine(f"there is no machine {name!r}; there are: {', '.join(PRESETS)}, and description files")
+    return found.build(name, shown_release(LATEST if kernel is None else kernel))

@@ -2,7 +2,7 @@
 
 It translates with one page table per RID or PASID and can do what VFIO and iommufd want of every x86 IOMMU: 4 KiB, 2
 MiB and 1 GiB pages, coherent DMA that can be enforced, an interrupt window at 0xfee00000, PASIDs and, if asked for,
-dirty tracking. It has no user-managed tables, no page requests and reports no hardware information.
+dirty tracking and page requests. It has no user-managed tables and reports no hardware information.
 
 Invariant: :meth:`PciBasicDriver.domain_of` is what the hardware would translate with at this moment; a RID that nobody
 attached uses the identity domain until its group is claimed and the blocked domain from then on.
@@ -18,7 +18,7 @@ from iommufd.errors import KernelError
 from iommufd.iommu.domain import BaseDomain, Kind
 from iommufd.iommu.driver import Capability, Iommu, RegionType, ReservedRegion
 from iommufd.iommu.extent_domain import ExtentDomain
-from iommufd.iommu.faults import RID
+from iommufd.iommu.faults import RID, IopfQueue
 from iommufd.uapi import iommufd as u
 
 if TYPE_CHECKING:
@@ -37,11 +37,15 @@ class _Attach:
 
     __slots__ = ()
 
-    def attach_dev(self, device: Device, old: Domain) -> None:
-        _driver_of(device)._use(device, RID, self)
+    def attach_dev(self: Domain, device: Device, old: Domain) -> None:
+        driver = _driver_of(device)
+        device.fault_source.domain_changes(driver.iommu.iopf_queue, self, old)
+        driver._use(device, RID, self)
 
-    def set_dev_pasid(self, device: Device, pasid: int, old: Domain | None) -> None:
-        _driver_of(device)._use(device, pasid, self)
+    def set_dev_pasid(self: Domain, device: Device, pasid: int, old: Domain | None) -> None:
+        driver = _driver_of(device)
+        device.fault_source.domain_changes(driver.iommu.iopf_queue, self, old)
+        driver._use(device, pasid, self)
 
 
 class BasicDomain(_Attach, ExtentDomain):
@@ -67,13 +71,23 @@ class PciBasicDriver:
     """One machine's driver; all its devices are behind one IOMMU instance, ``iommu``.
 
     ``dirty``: page tables may track dirty pages. ``enforces_coherency``: no-snoop DMA can be made coherent.
-    ``max_pasids``: 0 for an IOMMU without PASIDs."""
+    ``max_pasids``: 0 for an IOMMU without PASIDs. ``page_requests``: its devices may fault (PRI) on page tables with a
+    fault queue. ``firmware_regions``: what the firmware's tables reserve, by device name (DMAR's RMRR, IVRS's IVMD)."""
 
     name = "pci_basic"
     user_pasid_table = False
 
-    def __init__(self, *, dirty: bool = False, enforces_coherency: bool = True, max_pasids: int = PASIDS) -> None:
-        self.iommu = Iommu("iommu0", max_pasids=max_pasids)
+    def __init__(
+        self,
+        *,
+        dirty: bool = False,
+        enforces_coherency: bool = True,
+        max_pasids: int = PASIDS,
+        page_requests: bool = False,
+    ) -> None:
+        queue = IopfQueue("pci_basic") if page_requests else None
+        self.iommu = Iommu("iommu0", max_pasids=max_pasids, iopf_queue=queue)
+        self.firmware_regions: dict[str, tuple[ReservedRegion, ...]] = {}
         self.dirty = dirty
         self.enforces_coherency = enforces_coherency
         self.blocked_domain: StaticDomain = StaticDomain(Kind.BLOCKED, self)
@@ -100,7 +114,7 @@ class PciBasicDriver:
         return BasicDomain(self, dirty=bool(flags & u.IOMMU_HWPT_ALLOC_DIRTY_TRACKING))
 
     def get_resv_regions(self, device: Device) -> list[ReservedRegion]:
-        return [MSI_WINDOW]
+        return [MSI_WINDOW, *self.firmware_regions.get(device.name, ())]
 
     def domain_of(self, device: Device, pasid: int = RID) -> Domain:
         """What the hardware translates with for a request of ``device``: its RID, or one PASID of it."""
@@ -110,12 +124,12 @@ class PciBasicDriver:
             return found
         return self.identity_domain if pasid == RID else self.blocked_domain
 
-    def _use(self, device: Device, pasid: int, domain: object) -> None:
+    def _use(self, device: Device, pasid: int, domain: Domain) -> None:
         with self._lock:
             if pasid != RID and domain is self.blocked_domain:
                 self._in_use.pop((id(device), pasid), None)
             else:
-                self._in_use[id(device), pasid] = domain  # type: ignore[assignment]
+                self._in_use[id(device), pasid] = domain
 
 
 def _driver_of(device: Device) -> PciBasicDriver:
