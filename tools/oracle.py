@@ -32,7 +32,7 @@ from tools.selftest_report import Verdict, collect
 
 ROOT = Path(__file__).resolve().parent.parent
 TRANSCRIPTS = ROOT / "tests/conformance/transcripts" / f"linux-{kernel_tree.VERSION}"
-VFIO = ("-M q35,kernel-irqchip=split -device intel-iommu,intremap=on -device edu"
+VFIO = ("-M q35,kernel-irqchip=split -device intel-iommu,intremap=on,aw-bits=48,snoop-control=on -device edu"
         " -device pcie-pci-bridge,id=bridge -device edu,bus=bridge,addr=1 -device edu,bus=bridge,addr=2")
 FOR_VM = {"qemu-system-x86_64": "qemu-system-x86", "/bin/busybox": "busybox-static"}
 ALARMS = re.compile(r"WARNING:|BUG:|Oops|general protection|Kernel panic|INFO: task .* blocked")

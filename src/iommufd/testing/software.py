@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 from iommufd.client.backends.software import SoftwareBackend
 from iommufd.machine.machine import Machine
 from iommufd.machine.presets import preset
@@ -27,4 +29,10 @@ def software_subject(needs: frozenset[str] = frozenset()) -> Subject:
     The caller has every capability, as root on the machine where transcripts are recorded."""
     backend = SoftwareBackend(machine_for(needs))
     backend.owner.pretended = 2**64 - 1
-    return Subject(backend, before_unmap=backend.owner.space.unmap, numbers=lambda: set(backend.descriptors.numbers))
+    tree = backend.machine.tree
+    return Subject(
+        backend,
+        before_unmap=backend.owner.space.unmap,
+        numbers=lambda: set(backend.descriptors.numbers),
+        readlink=lambda path: os.path.realpath(tree.real(path)),
+    )

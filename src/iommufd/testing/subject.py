@@ -125,7 +125,7 @@ class Subject:
 
     ``before_unmap(start, end)`` is called before memory of the arena goes away; the in-process machine needs to know,
     a kernel sees it. ``numbers`` are the descriptors that the program has, apart from those a machine in this process
-    takes for itself.
+    takes for itself. ``readlink`` follows a link of /sys to its end.
     """
 
     def __init__(
@@ -133,8 +133,10 @@ class Subject:
         backend: Backend,
         before_unmap: Callable[[int, int], None] | None = None,
         numbers: Callable[[], set[int]] = open_numbers,
+        readlink: Callable[[str], str] = os.path.realpath,
     ) -> None:
         self.backend = backend
+        self._readlink = readlink
         self._numbers = numbers
         self.transcript: list[list[Any]] = []
         self._before_unmap = before_unmap
@@ -175,6 +177,20 @@ class Subject:
             self._note(["open", path, flags], errno_name(error.errno or 0))
             raise Mismatch(f"open({path!r}) failed with {errno_name(error.errno or 0)}") from error
         self._note(["open", path, flags], self._label(fd))
+        return fd
+
+    def open_group(self, device: str, expected: int = 0) -> int:
+        """Opens the VFIO group that ``device`` ("vfio1") is in; with ``expected``, that must fail so (-1 then).
+
+        Group numbers are the system's own affair, so the transcript has the device's name."""
+        number = os.path.basename(self._readlink(f"/sys/class/vfio-dev/{device}/device/iommu_group"))
+        fd, got = -1, 0
+        try:
+            fd = self.backend.open(f"/dev/vfio/{number}", os.O_RDWR)
+        except OSError as error:
+            got = error.errno or 0
+        self._note(["open_group", device], errno_name(got) if got else self._label(fd))
+        self.expect(got == expected, f"the group of {device}: {errno_name(got)}, expected {errno_name(expected)}")
         return fd
 
     def open_fails(self, expected: int, path: str, flags: int = os.O_RDWR) -> None:
@@ -283,6 +299,11 @@ class Subject:
             self._note(["poke", addr, shown(data)], 0)
         ctypes.memmove(addr, data, len(data))
 
+    def poke_fd(self, addr: int, fd: int) -> None:
+        """Writes the number of a descriptor; the transcript has its name."""
+        self._note(["poke_fd", addr, self._labels[fd]], 0)
+        ctypes.memmove(addr, fd.to_bytes(4, "little"), 4)
+
     def peek(self, addr: int, count: int) -> bytes:
         """Reads memory directly."""
         data = ctypes.string_at(addr, count)
@@ -351,14 +372,14 @@ class Subject:
 
     # --- reading, writing, polling
 
-    def read(self, fd: int, count: int) -> Answer:
+    def read(self, fd: int, count: int, offset: int | None = None) -> Answer:
         try:
-            data = self.backend.read(fd, count)
+            data = self.backend.read(fd, count, offset)
             answer = Answer(len(data), 0, data)
         except OSError as error:
             answer = Answer(-1, error.errno or 0)
         said = shown(answer.out) if answer.result >= 0 else errno_name(answer.errno)
-        self._note(["read", self._labels[fd], count], said)
+        self._note(["read", self._labels[fd], count, *([] if offset is None else [offset])], said)
         return answer
 
     def write(self, fd: int, data: bytes) -> Answer:

@@ -40,6 +40,8 @@ CHAPTERS = (
     "hw_queues",
     "vfio_compat",
     "vfio_cuts",
+    "vfio_devices",
+    "vfio_groups",
 )
 
 
