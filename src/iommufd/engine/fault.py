@@ -62,6 +62,11 @@ class FaultQueue(EventQueue):
         return bool(self._deliver)
 
     @property
+    def waiting(self) -> int:
+        """Groups not read yet."""
+        return len(self._deliver)
+
+    @property
     def awaiting(self) -> int:
         """Groups read and not yet answered."""
         return len(self._response)

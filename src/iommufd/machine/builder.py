@@ -138,7 +138,7 @@ def layout_of(config: Mapping[str, Any], who: str) -> PciLayout:
 
 
 def bar_of(bar: Any, who: str) -> Bar | None:
-    """A Bar from what a person writes: None, 0 or {} (no BAR), a size, or a table with size, kind, wide, prefetchable."""
+    """A Bar from what a person writes: None, 0 or {} (no BAR), a size, or a table of its members."""
     if bar is None or isinstance(bar, Bar):
         return bar
     if isinstance(bar, int) and not isinstance(bar, bool):
@@ -175,7 +175,7 @@ def reserved_region(region: Any, who: str) -> ReservedRegion:
     if not isinstance(region, (tuple, list)) or len(region) not in (2, 3):
         raise ValueError(f"{who}: a reserved region is (first, last) or (first, last, type), not {region!r}")
     first, last = region[0], region[1]
-    kind = region[2] if len(region) == 3 else "reserved"
+    kind: Any = region[2] if len(region) == 3 else "reserved"
     types = {t.value: t for t in RegionType}
     if kind not in types and not isinstance(kind, RegionType):
         raise ValueError(f"{who}: there is no region type {kind!r}; there are: {choices(types)}")
@@ -184,7 +184,7 @@ def reserved_region(region: Any, who: str) -> ReservedRegion:
             raise ValueError(f"{who}: {number!r} is no address of a reserved region")
     if first > last:
         raise ValueError(f"{who}: the reserved region [{first:#x}, {last:#x}] ends before it begins")
-    chosen = types.get(kind, kind)
+    chosen: RegionType = kind if isinstance(kind, RegionType) else types[kind]
     return ReservedRegion(first, last - first + 1, chosen, prot=3 if chosen in _DIRECT else 0)
 
 

@@ -33,7 +33,15 @@ from iommufd.machine.builder import choices
 from iommufd.machine.machine import Machine
 
 _MACHINE = {"name": str, "kernel": str, "mock": bool, "noiommu": bool, "vfio_container": bool, "defects": list}
-_DEVICE = {"address": str, "iommu": str, "group": str, "reserved": list, "noiommu": bool, "pasids": int, "isolated_msi": bool}
+_DEVICE = {
+    "address": str,
+    "iommu": str,
+    "group": str,
+    "reserved": list,
+    "noiommu": bool,
+    "pasids": int,
+    "isolated_msi": bool,
+}
 _WORDS = {str: "a text", bool: "true or false", int: "a number", list: "a list"}
 
 
@@ -61,7 +69,7 @@ def build(described: Mapping[str, Any], name: str, kernel: str | tuple[int, ...]
         if key not in _MACHINE and key not in ("iommu", "device"):
             raise ValueError(f"there is no {key!r}; a machine has: {choices([*_MACHINE, '[[iommu]]', '[[device]]'])}")
     _check(described, _MACHINE, "the machine")
-    options: dict[str, Any] = {key: described[key] for key in ("noiommu", "vfio_container", "defects") if key in described}
+    options: dict[str, Any] = {k: described[k] for k in ("noiommu", "vfio_container", "defects") if k in described}
     release = kernel if kernel is not None else described.get("kernel")
     if release is not None:
         options["kernel"] = release

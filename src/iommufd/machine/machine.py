@@ -93,7 +93,8 @@ class Machine:
         vfio_container: bool = True,
     ) -> None:
         self.name = name
-        self.world = World(kernel=shown_release(kernel), defects=defects, noiommu=noiommu, vfio_container=vfio_container)
+        release = shown_release(kernel)
+        self.world = World(kernel=release, defects=defects, noiommu=noiommu, vfio_container=vfio_container)
         self.world.compat_ioctl = compat_ioctl
         if noiommu:
             self.world.noiommu_driver = NoiommuDriver()
@@ -321,14 +322,14 @@ class Machine:
         return node.opener(task, flags)
 
     def _open_iommu(self, task: Task | None, flags: int) -> File:
-        return self._context(Mode.USER, flags)
+        return self._context(Mode.USER, task, flags)
 
     def _open_vfio(self, task: Task | None, flags: int) -> File:
         """core 1.1: the container path gives an iommufd context that accounts in MM mode."""
-        return self._context(Mode.MM, flags)
+        return self._context(Mode.MM, task, flags)
 
-    def _context(self, account_mode: Mode, flags: int) -> Context:
-        context = _MachineContext(self, account_mode, flags & 3)
+    def _context(self, account_mode: Mode, task: Task | None, flags: int) -> Context:
+        context = _MachineContext(self, account_mode, flags & 3, task.tid if task is not None else 0)
         self._contexts[id(context)] = context
         return context
 
@@ -374,10 +375,11 @@ _O_DIRECTORY = 0o200000
 
 
 class _MachineContext(Context):
-    """A context that tells its machine when it goes, before its objects are torn down."""
+    """A context that tells its machine when it goes, before its objects are torn down. ``opener``: the thread."""
 
-    def __init__(self, machine: Machine, account_mode: Mode, mode: int) -> None:
+    def __init__(self, machine: Machine, account_mode: Mode, mode: int, opener: int) -> None:
         super().__init__(machine.world, account_mode=account_mode, mode=mode)
+        self.opener = opener
         self._machine = machine
 
     def release(self) -> None:
