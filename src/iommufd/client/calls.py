@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from iommufd.client.numbers import number
 from iommufd.errors import errno_name
 from iommufd.uapi.commands import BY_NAME, BY_NUMBER, COMMANDS
-from iommufd.uapi.declare import show_value
-
-if TYPE_CHECKING:
-    from iommufd.uapi.declare import Struct
+from iommufd.uapi.declare import Struct, show_value
 
 TEST_CMD = BY_NAME["IOMMU_TEST_CMD"].number
 
@@ -33,14 +31,39 @@ def number_of(struct: Struct) -> int:
 def filled(struct: Struct) -> int:
     """Fills ``size``, and ``op`` of a test command, in where they are zero; the ioctl number."""
     cmd = number_of(struct)
-    fields: Any = struct
-    if not fields.size:
-        fields.size = struct.SIZE
-    if cmd == TEST_CMD and not fields.op:
+    members: Any = struct
+    if not members.size:
+        members.size = struct.SIZE
+    if cmd == TEST_CMD and not members.op:
         from iommufd.uapi.iommufd_test import ARMS
 
-        fields.op = next((op for op, arm in ARMS.items() if arm is type(struct)), 0)
+        members.op = next((op for op, arm in ARMS.items() if arm is type(struct)), 0)
     return cmd
+
+
+def pack(struct: Struct) -> bytes:
+    """The struct's bytes. ValueError when a value does not fit its member."""
+    try:
+        return struct.pack()
+    except Exception as error:  # struct.error: which member does not fit is what a person needs
+        members: Any = struct
+        for field in struct.FIELDS:
+            if field.ctype.count is None and field.ctype.code not in "iq":
+                number(getattr(members, field.name), f"{type(struct).__name__}.{field.name}", (1 << 8 * field.size) - 1)
+        raise ValueError(f"{type(struct).__name__} cannot be packed: {error}") from None
+
+
+def packed(data: object, what: str, *needs: str) -> bytes:
+    """``data.pack()`` of something a user passes as ``what``. TypeError when it has no such method (or not ``needs``)."""
+    if isinstance(data, Struct) and not needs:
+        return pack(data)
+    method = getattr(data, "pack", None)
+    if method is None or isinstance(data, type) or not all(hasattr(data, name) for name in needs):
+        raise TypeError(f"{type(data).__name__} is no {what}")
+    found = method()
+    if not isinstance(found, bytes | bytearray):
+        raise TypeError(f"pack() of a {what} gives bytes, not {type(found).__name__}")
+    return bytes(found)
 
 
 def show(cmd: int, data: bytes | bytearray) -> str:

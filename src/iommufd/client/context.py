@@ -12,9 +12,9 @@ import contextlib
 import errno
 import os
 import warnings
-from typing import TYPE_CHECKING, Any, Self, TypeVar
+from typing import TYPE_CHECKING, Self, TypeVar
 
-from iommufd.client.calls import filled
+from iommufd.client.calls import filled, pack
 from iommufd.client.errors import IommufdError
 from iommufd.client.handle import Handle
 from iommufd.client.numbers import number, plural
@@ -165,20 +165,9 @@ class Context(Handle):
 
         For what this client has no method for. ``context.do(iommu_ioas_alloc()).out_ioas_id``"""
         cmd = filled(struct)
-        data = bytearray(self._pack(struct))
+        data = bytearray(pack(struct))
         self.ioctl(cmd, data)
         return type(struct).unpack(data)
-
-    def _pack(self, struct: Struct) -> bytes:
-        try:
-            return struct.pack()
-        except Exception as error:  # struct.error: which field does not fit is what a person needs
-            fields: Any = struct
-            for field in struct.FIELDS:
-                value = getattr(fields, field.name)
-                if field.ctype.count is None and field.ctype.code not in "iq":
-                    number(value, f"{type(struct).__name__}.{field.name}", (1 << 8 * field.size) - 1)
-            raise ValueError(f"{struct!r} cannot be packed: {error}") from None
 
     # ------------------------------------------------------------------------------------------------------- objects
 

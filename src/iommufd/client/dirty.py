@@ -26,9 +26,10 @@ def read_dirty(hwpt: HWPT, iova: int, length: int, page_size: int, clear: bool) 
 
     if page_size & (page_size - 1) or not page_size:
         raise ValueError(f"page_size {page_size} is not a power of two")
-    found = np.zeros(-(-length // page_size), bool)
-    last = iova + length - 1
-    for start, end in _runs_of_mappings(hwpt, iova, last, page_size):
+    if (iova | length) % page_size or not length:
+        return _query(hwpt, iova, length, page_size, clear)  # the kernel says what is wrong with it
+    found = np.zeros(length // page_size, bool)
+    for start, end in _runs_of_mappings(hwpt, iova, iova + length - 1):
         both = start | (end + 1) | page_size
         unit = both & -both  # a run may begin inside a page of the caller's
         part = _query(hwpt, start, end + 1 - start, unit, clear)
@@ -36,12 +37,11 @@ def read_dirty(hwpt: HWPT, iova: int, length: int, page_size: int, clear: bool) 
     return found
 
 
-def _runs_of_mappings(hwpt: HWPT, iova: int, last: int, page_size: int) -> list[tuple[int, int]]:
-    """The parts of ``[iova, last]`` to ask for: runs of adjacent mappings; everything when no mapping is known, or the
-    range is not one the kernel would take (it is the one to say why)."""
+def _runs_of_mappings(hwpt: HWPT, iova: int, last: int) -> list[tuple[int, int]]:
+    """The parts of ``[iova, last]`` to ask for: runs of adjacent mappings; everything when no mapping is known."""
     ioas = hwpt.ioas
     known = ioas._within(iova, last, touching=True) if ioas is not None else []
-    if not known or (iova | (last + 1)) % page_size:
+    if not known:
         return [(iova, last)]
     runs: list[tuple[int, int]] = []
     for mapping in known:

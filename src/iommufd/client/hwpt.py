@@ -12,11 +12,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from iommufd.client.buffers import Scratch
+from iommufd.client.calls import packed
 from iommufd.client.invalidation import invalidate
 from iommufd.client.mapping import span
 from iommufd.client.numbers import instance, number
 from iommufd.client.objects import Object, PageTable
 from iommufd.uapi import iommufd as u
+from iommufd.uapi.declare import Struct
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -32,7 +34,6 @@ if TYPE_CHECKING:
     from iommufd.client.mapping import Mapping
     from iommufd.client.nesting import HwptData
     from iommufd.client.viommu import VIOMMU
-    from iommufd.uapi.declare import Struct
 
 PAGE_SIZE = 4096
 
@@ -49,13 +50,13 @@ def alloc(target: Object, device: Device, flags: int, fault_queue: FaultQueue | 
     for other in (device, fault_queue):
         if other is not None and other.context is not target.context:
             raise ValueError(f"{other!r} is not of the same context as {target!r}")
-    payload = data.pack() if data is not None else b""
+    payload = packed(data, "data of a HWPT", "data_type") if data is not None else b""
     memory = Scratch(payload)
     query = u.iommu_hwpt_alloc(
         flags=flags,
         dev_id=device.id,
         pt_id=target.id,
-        data_type=data.data_type if data is not None else u.IOMMU_HWPT_DATA_NONE,
+        data_type=number(data.data_type, "data_type", 2**32 - 1) if data is not None else u.IOMMU_HWPT_DATA_NONE,
         data_len=len(payload),
         data_uptr=memory.address if payload else 0,
         fault_id=fault_queue.id if fault_queue is not None else 0,
@@ -160,7 +161,7 @@ class HWPT(PageTable):
         instance(device, Device, "device")
         if device.context is not self.context:
             raise ValueError(f"{device!r} is not of the same context as {self!r}")
-        payload = data.pack() if data is not None else b""
+        payload = packed(instance(data, Struct, "data"), "struct") if data is not None else b""
         memory = Scratch(payload)
         answer = self._do(
             u.iommu_viommu_alloc(

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Protocol
 
 from iommufd.client.buffers import Scratch
+from iommufd.client.calls import packed
 from iommufd.client.errors import IommufdError, invalidation_error
 from iommufd.client.numbers import U64, number
 from iommufd.uapi import iommufd as u
@@ -118,12 +119,11 @@ def invalidate(target: Object, entries: Iterable[Entry]) -> int:
     entries = list(entries)
     if not entries:
         return 0
-    kind = entries[0].data_type
-    packed = [entry.pack() for entry in entries]
-    length = len(packed[0])
-    if any(entry.data_type != kind for entry in entries) or any(len(data) != length for data in packed):
+    requests = [packed(entry, "entry of an invalidation", "data_type") for entry in entries]
+    kind, length = entries[0].data_type, len(requests[0])
+    if any(entry.data_type != kind for entry in entries) or any(len(data) != length for data in requests):
         raise ValueError("all entries of one invalidation are of one kind")
-    memory = Scratch(b"".join(packed))
+    memory = Scratch(b"".join(requests))
     query = u.iommu_hwpt_invalidate(
         size=u.iommu_hwpt_invalidate.SIZE,
         hwpt_id=target._id,

@@ -17,8 +17,8 @@ def number(value: SupportsIndex, what: str, most: int = U64) -> int:
     except TypeError:
         raise TypeError(f"{what} is a whole number, not {type(value).__name__}") from None
     if not 0 <= found <= most:
-        shown = f"{found}" if found < 0 else f"{found:#x}"
-        raise ValueError(f"{what} {shown} is not between 0 and {most:#x}")
+        shown = "" if most < 1 << 16 else "#x"
+        raise ValueError(f"{what} {found:{'' if found < 0 else shown}} is not between 0 and {most:{shown}}")
     return found
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
 from iommufd.client.buffers import Scratch
+from iommufd.client.calls import pack
 from iommufd.client.device import Device
 from iommufd.client.errors import IommufdError
 from iommufd.client.handle import Handle
@@ -232,11 +233,11 @@ class VFIODevice(Device):
 
     def get_feature(self, feature: int, payload: S) -> S:
         """Reads a feature: ``payload`` as it came back."""
-        return type(payload).unpack(self.feature(feature | v.VFIO_DEVICE_FEATURE_GET, payload.pack()))
+        return type(payload).unpack(self.feature(feature | v.VFIO_DEVICE_FEATURE_GET, pack(payload)))
 
     def set_feature(self, feature: int, payload: S | None = None) -> S | None:
         """Sets a feature: ``payload`` as it came back."""
-        data = self.feature(feature | v.VFIO_DEVICE_FEATURE_SET, payload.pack() if payload is not None else b"")
+        data = self.feature(feature | v.VFIO_DEVICE_FEATURE_SET, pack(payload) if payload is not None else b"")
         return type(payload).unpack(data) if payload is not None else None
 
     def set_bus_master(self, enabled: bool) -> None:

@@ -87,10 +87,13 @@ class Descriptors:
         return fd
 
     def close(self, fd: int) -> bool:
-        """Closes a number handed out here; False when it is none (any more)."""
+        """Closes a number handed out here, or a duplicate of one; False when it is neither."""
         file = self.files.pop(fd, None)
         if file is None:
-            return False
+            if self.find(fd) is None:
+                return False
+            os.close(fd)
+            return True
         status = os.fstat(fd)
         self._inodes.pop((status.st_dev, status.st_ino), None)
         waker = self._wakers.pop(fd, None)
