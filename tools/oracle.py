@@ -8,6 +8,7 @@ emulation in about two seconds, with this machine's files as its read-only root.
 
 ``QEMU_EXTRA`` adds options to QEMU. ``--vfio`` is a ready-made set: an Intel IOMMU and three devices that do DMA, two
 of them in one group behind a conventional PCI bridge; the job finds ``tools/vm/bind-vfio`` to hand them to vfio-pci.
+``test`` makes its own sets.
 KVM is not used: it is not everywhere, and the emulated machine is the same everywhere.
 """
 
@@ -34,6 +35,7 @@ ROOT = Path(__file__).resolve().parent.parent
 TRANSCRIPTS = ROOT / "tests/conformance/transcripts" / f"linux-{kernel_tree.VERSION}"
 VFIO = ("-M q35,kernel-irqchip=split -device intel-iommu,intremap=on,aw-bits=48,snoop-control=on -device edu"
         " -device pcie-pci-bridge,id=bridge -device edu,bus=bridge,addr=1 -device edu,bus=bridge,addr=2")
+UNSAFE = "/sys/module/vfio/parameters/enable_unsafe_noiommu_mode"
 FOR_VM = {"qemu-system-x86_64": "qemu-system-x86", "/bin/busybox": "busybox-static"}
 ALARMS = re.compile(r"WARNING:|BUG:|Oops|general protection|Kernel panic|INFO: task .* blocked")
 
@@ -131,12 +133,20 @@ def verdict(out: Path) -> int:
     return 125
 
 
-def test(checks: Sequence[str], out: Path, vfio: bool) -> int:
-    """The conformance checks on the real kernel; the transcripts it recorded replace the committed ones."""
-    have = ["root", "hugepages", "processes", *(["vtd"] if vfio else [])]
-    words = [sys.executable, "-m", "iommufd.testing.record", "--out", "/tmp/out/transcripts", "--have", " ".join(have)]
-    job = "tools/vm/bind-vfio > /dev/null\n" if vfio else ""
-    status = boot(job + shlex.join([*words, *checks]), out, shlex.split(VFIO) if vfio else [])
+def test(checks: Sequence[str], out: Path) -> int:
+    """The conformance checks on the real kernel; the transcripts it recorded replace the committed ones.
+
+    Three boots, for no one machine has an IOMMU and a device without one: test hardware, VFIO devices, such a device."""
+    words = [sys.executable, "-m", "iommufd.testing.record", "--out", "/tmp/out/transcripts"]
+    always = "root hugepages processes"
+    status = 0
+    for lacking, have, extra, job in (
+        ("", always, "", ""),
+        ("vtd", f"{always} vtd", VFIO, "tools/vm/bind-vfio > /dev/null\n"),
+        ("noiommu", f"{always} noiommu", "-device edu", f"echo 1 > {UNSAFE}\ntools/vm/bind-vfio > /dev/null\n"),
+    ):
+        told = [*words, "--have", have, *(["--only-needing", lacking] if lacking else []), *checks]
+        status = boot(job + shlex.join(told), out, shlex.split(extra)) or status
     recorded = sorted((out / "transcripts").glob("*.json"))
     TRANSCRIPTS.mkdir(parents=True, exist_ok=True)
     for path in recorded:
@@ -184,7 +194,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 return selftest(out)
             if options.command == "run":
                 return boot(options.shell, out, extra)
-            return test(options.check, out, options.vfio)
+            return test(options.check, out)
         except kernel_tree.CannotBuild as failure:
             print(f"oracle: {failure}", file=sys.stderr)
             return 2

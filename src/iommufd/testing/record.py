@@ -56,11 +56,15 @@ def difference(recorded: list[list[Any]], played: list[list[Any]]) -> str | None
     return None
 
 
-def record(subject: Callable[[], Subject], out: Path | None, only: list[str], have: frozenset[str]) -> int:
-    """Plays every check that ``have`` allows; writes transcripts; the number that failed."""
+def record(
+    subject: Callable[[], Subject], out: Path | None, only: list[str], have: frozenset[str], needing: str = ""
+) -> int:
+    """Plays every check that ``have`` allows (of those, the ones that need ``needing``); writes transcripts; the number
+    that failed."""
     failed = 0
     started = time.monotonic()
     chosen = [c for c in checks() if c.needs <= have and (not only or any(o in c.name for o in only))]
+    chosen = [c for c in chosen if not needing or needing in c.needs]
     for check in chosen:
         failure, transcript = play(check, subject())
         if out is not None:
@@ -76,6 +80,7 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m iommufd.testing.record", description=__doc__)
     parser.add_argument("--out", type=Path, help="folder for the transcripts")
     parser.add_argument("--have", default="", help="what this machine offers: root hugepages processes vtd noiommu")
+    parser.add_argument("--only-needing", default="", help="only the checks that need this")
     parser.add_argument("only", nargs="*", help="parts of check names")
     options = parser.parse_args(argv)
     from iommufd.client.backends.kernel import KernelBackend
@@ -83,7 +88,7 @@ def main(argv: list[str]) -> int:
     if options.out is not None:
         os.makedirs(options.out, exist_ok=True)
     have = frozenset(options.have.split())
-    return 1 if record(lambda: Subject(KernelBackend()), options.out, options.only, have) else 0
+    return 1 if record(lambda: Subject(KernelBackend()), options.out, options.only, have, options.only_needing) else 0
 
 
 if __name__ == "__main__":

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 
 from iommufd.client.backends.software import SoftwareBackend
 from iommufd.machine.machine import Machine
@@ -29,10 +31,18 @@ def software_subject(needs: frozenset[str] = frozenset()) -> Subject:
     The caller has every capability, as root on the machine where transcripts are recorded."""
     backend = SoftwareBackend(machine_for(needs))
     backend.owner.pretended = 2**64 - 1
+
+    @contextlib.contextmanager
+    def powerless() -> Iterator[None]:
+        backend.owner.pretended = 0
+        yield
+        backend.owner.pretended = 2**64 - 1
+
     tree = backend.machine.tree
     return Subject(
         backend,
         before_unmap=backend.owner.space.unmap,
         numbers=lambda: set(backend.descriptors.numbers),
         readlink=lambda path: os.path.realpath(tree.real(path)),
+        powerless=powerless,
     )

@@ -74,6 +74,22 @@ def shown(data: bytes) -> str:
     return data.hex()
 
 
+@contextlib.contextmanager
+def powerless() -> Iterator[None]:
+    """The calling thread's effective capabilities are none within this (capset(2)); they come back after."""
+    header = (ctypes.c_uint32 * 2)(0x20080522, 0)
+    sets = (ctypes.c_uint32 * 6)()  # effective, permitted, inheritable; low words, then high words
+    _libc.capget(header, sets)
+    effective = sets[0], sets[3]
+    sets[0] = sets[3] = 0
+    _libc.capset(header, sets)
+    try:
+        yield
+    finally:
+        sets[0], sets[3] = effective
+        _libc.capset(header, sets)
+
+
 def open_numbers() -> set[int]:
     """The process's descriptors, but for the one that the look at them takes."""
     return {int(name) for name in os.listdir("/proc/self/fd") if os.path.lexists(f"/proc/self/fd/{name}")}
@@ -125,7 +141,8 @@ class Subject:
 
     ``before_unmap(start, end)`` is called before memory of the arena goes away; the in-process machine needs to know,
     a kernel sees it. ``numbers`` are the descriptors that the program has, apart from those a machine in this process
-    takes for itself. ``readlink`` follows a link of /sys to its end.
+    takes for itself. ``readlink`` follows a link of /sys to its end; ``powerless`` takes the
+    effective capabilities away for a while.
     """
 
     def __init__(
@@ -134,8 +151,10 @@ class Subject:
         before_unmap: Callable[[int, int], None] | None = None,
         numbers: Callable[[], set[int]] = open_numbers,
         readlink: Callable[[str], str] = os.path.realpath,
+        powerless: Callable[[], contextlib.AbstractContextManager[None]] = powerless,
     ) -> None:
         self.backend = backend
+        self._powerless = powerless
         self._readlink = readlink
         self._numbers = numbers
         self.transcript: list[list[Any]] = []
@@ -237,6 +256,14 @@ class Subject:
         return new[0]
 
     @contextlib.contextmanager
+    def without_capabilities(self) -> Iterator[None]:
+        """Within it the calling thread has no effective capability."""
+        self._note(["capabilities", 0], 0)
+        with self._powerless():
+            yield
+        self._note(["capabilities", 1], 0)
+
+    @contextlib.contextmanager
     def no_free_descriptors(self) -> Iterator[None]:
         """Within it the process gets no further descriptor (RLIMIT_NOFILE is at the lowest free number)."""
         lowest = os.dup(0)
@@ -313,7 +340,7 @@ class Subject:
 
     # --- ioctls
 
-    def _with_labels(self, data: bytes, offsets: Sequence[int]) -> list[Any]:
+    def _with_labels(self, data: bytes | bytearray, offsets: Sequence[int]) -> list[Any]:
         """``data`` for the transcript: descriptors at ``offsets`` replaced by zero bytes and listed by label."""
         out, names = bytearray(data), []
         for offset in offsets:
@@ -324,10 +351,20 @@ class Subject:
                     names.append([offset, label])
         return [shown(bytes(out)), names]
 
-    def ioctl(self, fd: int, cmd: int, data: bytes = b"", *, at: int | None = None, poke: bool = True) -> Answer:
+    def ioctl(
+        self,
+        fd: int,
+        cmd: int,
+        data: bytes = b"",
+        *,
+        at: int | None = None,
+        poke: bool = True,
+        hide: Sequence[tuple[int, int]] = (),
+    ) -> Answer:
         """One ioctl whose argument is memory: ``data`` is put at ``at`` (a page of the harness), and read back after.
 
-        With ``poke=False`` nothing is written or read: ``at`` is only a number."""
+        With ``poke=False`` nothing is written or read: ``at`` is only a number. ``hide``: (offset, count) of what comes
+        back and differs from system to system; the transcript has zeros there."""
         where = IOCTL_PAGE if at is None else at
         key: tuple[int, int | None] = (cmd, None)
         if cmd == 0x3BA0 and len(data) >= 8:
@@ -347,9 +384,12 @@ class Subject:
         said: int | str = result if result >= 0 else errno_name(number)
         if result > 0 and key in _RETURNS_FD:
             said = self._label(result)
+        told = bytearray(out)
+        for start, count in hide:
+            told[start : start + count] = bytes(len(told[start : start + count]))
         self._note(
             ["ioctl", self._labels.get(fd, "?"), f"{cmd:#x}", where, *self._with_labels(data, _GIVEN.get(key, ()))],
-            [said, *self._with_labels(out, (*_GIVEN.get(key, ()), *handed))],
+            [said, *self._with_labels(told, (*_GIVEN.get(key, ()), *handed))],
         )
         return Answer(result, number, out)
 
