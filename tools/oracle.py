@@ -136,9 +136,9 @@ def verdict(out: Path) -> int:
 def test(checks: Sequence[str], out: Path) -> int:
     """The conformance checks on the real kernel; the transcripts it recorded replace the committed ones.
 
-    Three boots, for no one machine has an IOMMU and a device without one: test hardware, VFIO devices, such a device."""
+    Three boots, for no machine has an IOMMU and a device without one: test hardware, VFIO devices, such a device."""
     words = [sys.executable, "-m", "iommufd.testing.record", "--out", "/tmp/out/transcripts"]
-    always = "root hugepages processes"
+    always = "root hugepages processes capabilities"
     status = 0
     for lacking, have, extra, job in (
         ("", always, "", ""),

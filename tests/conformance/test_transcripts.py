@@ -1,7 +1,8 @@
 """Every conformance check, played in process, must say what the real kernel said.
 
-``transcripts/linux-7.3`` is what a 7.3.4 kernel answered (``make oracle`` records it); the machine is ``mock@7.3.4``, which
-reproduces that release's defects too. A difference is a bug of the software, or a reason to ask the kernel again.
+``transcripts/linux-7.3`` is what a 7.3.4 kernel answered (``make oracle`` records it). The machine is ``mock@7.3.4``,
+which reproduces that release's defects too, or the one that has what a check needs. A difference is a bug of the
+software, or a reason to ask the kernel again.
 """
 
 from __future__ import annotations

@@ -198,7 +198,7 @@ def test_a_failing_attach_leaves_nothing(bench: Bench) -> None:  # devices 3.2, 
 # reservations
 
 
-def test_reserved_regions_come_and_go_with_the_rid(bench: Bench) -> None:  # devices 3.8
+def test_reserved_regions_come_and_go_with_the_rid(bench: Bench) -> None:  # devices 3.8 region steps 1, 2, 4
     bench.driver.regions["a"] = [MSI, ReservedRegion(0x7000, 0x1000, RegionType.DIRECT_RELAXABLE)]
     bench.driver.regions["b"] = [ReservedRegion(0x9000000, 0x1000, RegionType.RESERVED)]
     a, b = (bench.bind(d) for d in bench.group("a", "b"))
@@ -217,7 +217,7 @@ def test_reserved_regions_come_and_go_with_the_rid(bench: Bench) -> None:  # dev
 
 
 @pytest.mark.parametrize("what", ["area", "allowed"])
-def test_a_reservation_that_hits_something(bench: Bench, what: str) -> None:  # devices 3.8 step 3
+def test_a_reservation_that_hits_something(bench: Bench, what: str) -> None:  # devices 3.8 region step 3
     bench.driver.regions["a"] = [ReservedRegion(0x9000000, 0x1000, RegionType.RESERVED), MSI]
     idev, ioas = bench.bound(), bench.ioas()
     if what == "area":
@@ -232,7 +232,7 @@ def test_a_reservation_that_hits_something(bench: Bench, what: str) -> None:  # 
 
 
 @pytest.mark.parametrize("regions", [[MSI, SW_MSI], [SW_MSI, ReservedRegion(0, 4096, RegionType.SW_MSI)]])
-def test_impossible_msi_windows(bench: Bench, regions: list[ReservedRegion]) -> None:  # devices 3.8 step 5
+def test_impossible_msi_windows(bench: Bench, regions: list[ReservedRegion]) -> None:  # devices 3.8 region step 5
     bench.driver.regions["a"] = regions
     idev, ioas = bench.bound(), bench.ioas()
     hwpt = bench.hwpt(idev, ioas)

@@ -8,9 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from iommufd.engine.world import LATEST
 from iommufd.machine.machine import Machine, shown_release
+
+if TYPE_CHECKING:
+    from iommufd.vfio.pci_config import PciLayout
 
 
 class UnknownMachine(ValueError):
@@ -56,11 +60,24 @@ def _pci(name: str, kernel: tuple[int, ...]) -> Machine:
 
 
 def _edu(name: str, kernel: tuple[int, ...]) -> Machine:
-    """QEMU's edu three times, the second and third in one group: what the VM of ``make oracle`` has with --vfio."""
+    """QEMU's edu three times, the second and third in one group: what the VM of ``make oracle`` has behind an IOMMU."""
+    machine = _with_test_hardware(Machine(name, kernel=kernel, defects=DEFECTS_7_3_4))
+    for address, group in (("0000:00:03.0", None), ("0000:01:01.0", "bridge"), ("0000:01:02.0", "bridge")):
+        machine.pci.add(address, _edu_layout(), group=group)
+    return machine
+
+
+def _edu_noiommu(name: str, kernel: tuple[int, ...]) -> Machine:
+    """QEMU's edu without an IOMMU, as another VM of ``make oracle`` has it."""
+    machine = _with_test_hardware(Machine(name, kernel=kernel, defects=DEFECTS_7_3_4))
+    machine.pci.add("0000:00:04.0", _edu_layout(), noiommu=True)
+    return machine
+
+
+def _edu_layout() -> PciLayout:
     from iommufd.vfio.pci_config import Bar, PciLayout
 
-    machine = Machine(name, kernel=kernel)
-    layout = PciLayout(
+    return PciLayout(
         vendor=0x1234,
         device=0x11E8,
         class_code=0x00FF00,
@@ -69,9 +86,6 @@ def _edu(name: str, kernel: tuple[int, ...]) -> Machine:
         express=False,
         power_management=False,
     )
-    for address, group in (("0000:00:03.0", None), ("0000:01:01.0", "bridge"), ("0000:01:02.0", "bridge")):
-        machine.pci.add(address, layout, group=group)
-    return machine
 
 
 DEFECTS_7_3_4 = frozenset({"dmabuf-get-returns-0", "fault-cookie-0-becomes-free", "hw-queue-destroy-clears-slot-0"})
@@ -82,7 +96,8 @@ PRESETS: dict[str, Preset] = {
     for preset in (
         Preset("default", "/dev/iommu and /dev/vfio/vfio, no devices", _default),
         Preset("pci", "three PCI functions bound to vfio-pci behind an IOMMU, two of them in one group", _pci),
-        Preset("edu", "three devices like QEMU's edu bound to vfio-pci, without PASIDs, two in one group", _edu),
+        Preset("edu", "three devices like QEMU's edu beside the mock hardware, without PASIDs, two in one group", _edu),
+        Preset("edu-noiommu", "one such device that no IOMMU is in front of", _edu_noiommu),
         Preset("mock", "the kernel's selftest hardware and its test command, behaving as intended", _mock),
         Preset("mock@7.3.4", "the same, bit for bit as Linux 7.3.4 behaves, its defects included", _mock_7_3_4),
     )

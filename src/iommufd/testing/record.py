@@ -79,7 +79,9 @@ def record(
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m iommufd.testing.record", description=__doc__)
     parser.add_argument("--out", type=Path, help="folder for the transcripts")
-    parser.add_argument("--have", default="", help="what this machine offers: root hugepages processes vtd noiommu")
+    parser.add_argument(
+        "--have", default="", help="what this machine offers: root hugepages processes capabilities vtd noiommu"
+    )
     parser.add_argument("--only-needing", default="", help="only the checks that need this")
     parser.add_argument("only", nargs="*", help="parts of check names")
     options = parser.parse_args(argv)

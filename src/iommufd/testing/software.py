@@ -7,29 +7,23 @@ import os
 from collections.abc import Iterator
 
 from iommufd.client.backends.software import SoftwareBackend
-from iommufd.machine.machine import Machine
 from iommufd.machine.presets import preset
 from iommufd.testing.subject import Subject
 
-MOCK = "mock@7.3.4"
+MACHINES = {"vtd": "edu", "noiommu": "edu-noiommu"}
+"""What a check needs -> the machine that has it."""
 
 
-def machine_for(needs: frozenset[str]) -> Machine:
-    """``vtd``: devices behind an IOMMU; ``noiommu``: a device without one; otherwise the mock hardware, bit for bit."""
-    if "vtd" in needs:
-        return preset("edu")
-    if "noiommu" in needs:
-        machine = preset(MOCK)
-        machine.pci.add("0000:00:04.0", noiommu=True)
-        return machine
-    return preset(MOCK)
+def machine_for(needs: frozenset[str]) -> str:
+    """The preset that a check is played on: the mock hardware, bit for bit, unless it ``needs`` another."""
+    return next((MACHINES[need] for need in sorted(needs & MACHINES.keys())), "mock@7.3.4")
 
 
 def software_subject(needs: frozenset[str] = frozenset()) -> Subject:
     """A fresh machine with what a check ``needs``, its memory events wired to the subject's arena.
 
     The caller has every capability, as root on the machine where transcripts are recorded."""
-    backend = SoftwareBackend(machine_for(needs))
+    backend = SoftwareBackend(preset(machine_for(needs)))
     backend.owner.pretended = 2**64 - 1
 
     @contextlib.contextmanager

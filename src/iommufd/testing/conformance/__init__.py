@@ -62,7 +62,8 @@ _CHECKS: dict[str, Check] = {}
 
 def check(*rows: str, needs: str = "") -> Callable[[CheckFunction], CheckFunction]:
     """Registers a check for ``rows``. ``needs`` names, separated by spaces, what not every subject has: ``root``,
-    ``hugepages``, ``processes``, ``vtd``, ``noiommu``."""
+    ``hugepages``, ``processes``, ``capabilities`` (those it has, and they can be dropped: not where a machine grants
+    them), ``vtd``, ``noiommu``."""
 
     def register(function: CheckFunction) -> CheckFunction:
         name = f"{function.__module__.rpartition('.')[2]}.{function.__name__}"

@@ -34,7 +34,7 @@ def get_pa(s: Subject, fd: int, ioas: int, iova: int, length: int) -> tuple[int,
     return out.length, out.out_phys
 
 
-@check("devices 2.1 row 2", "devices 9.1", "devices 11.1", needs="noiommu")
+@check("devices 2.1 row 2", "devices 9.1", "devices 11.1", needs="noiommu capabilities")
 def it_is_bound_by_who_may(s: Subject) -> None:
     iommufd = s.open()
     with s.without_capabilities():
@@ -103,7 +103,11 @@ def page_tables_of_others(s: Subject) -> None:
     s.expect(attach(s, fd, ioas) == theirs, "an automatic one, whose it ever is")
 
 
-@check(*(f"devices 9.3 row {n}" for n in range(1, 7)), *(f"core 4.14 row {n}" for n in range(1, 7)), needs="noiommu")
+@check(
+    *(f"devices 9.3 row {n}" for n in range(1, 7)),
+    *(f"core 4.14 row {n}" for n in range(1, 7)),
+    needs="noiommu capabilities",
+)
 def get_pa_refuses(s: Subject) -> None:
     fd, ioas = open_ioas(s)
     get = u.iommu_ioas_noiommu_get_pa

@@ -11,8 +11,10 @@ from errno import E2BIG, EADDRINUSE, EBADF, EBADFD, EBUSY, EFAULT, EINVAL, ENOEN
 from iommufd.errors import errno_name
 from iommufd.testing.conformance import check
 from iommufd.testing.conformance.common import allow, free_ranges, ioas_alloc, map_fixed, open_ioas, unmap
+from iommufd.testing.conformance.devices import device
 from iommufd.testing.subject import PAGE, SCRATCH, Subject
 from iommufd.uapi import iommufd as u
+from iommufd.uapi import iommufd_test as t
 
 BIND, ATTACH, DETACH, GET_INFO = 0x3B76, 0x3B77, 0x3B78, 0x3B6B
 ALONE, FIRST, SECOND = "vfio0", "vfio1", "vfio2"
@@ -385,3 +387,28 @@ def closing_gives_everything_back(s: Subject) -> None:
     bind(s, second, other, EINVAL)
     s.close(fd)
     s.expect(bind(s, second, other) == 1, "in a fresh context")
+
+
+@check("devices 3.3 row 3", "devices 3.4b row 2", "mock 5.2 row 2", "mock 5.4 row 3", "mock 4.5", "vfio 4", needs="vtd")
+def another_drivers_page_table(s: Subject) -> None:
+    """Two IOMMUs in one context: a page table of one is not for the other's devices.
+
+    Replacing is not tried: 7.3.4 does not check there, and corrupts memory."""
+    iommufd, ioas = open_ioas(s)
+    fd, dev = bound(s, ALONE, iommufd)
+    _, mock_auto, mock = device(s, iommufd, ioas, t.MOCK_FLAGS_DEVICE_PASID)
+    mock_hwpt = hwpt(s, iommufd, mock, ioas)
+    mock_pasids = s.do(iommufd, u.iommu_hwpt_alloc(flags=8, dev_id=mock, pt_id=ioas)).out_hwpt_id
+    for pt in (mock_hwpt, mock_auto):
+        attach(s, fd, pt, EINVAL)
+    attach(s, fd, mock_pasids, EINVAL, pasid=1)
+    own = attach(s, fd, ioas)
+    s.expect(own not in (mock_auto, mock_hwpt), "an automatic one of its own")
+    s.refuses(EINVAL, iommufd, t.test_mock_domain(id=own))
+    detach(s, fd)
+    own = hwpt(s, iommufd, dev, ioas)
+    s.refuses(EINVAL, iommufd, t.test_md_check_map(id=own))
+    s.refuses(EINVAL, iommufd, t.test_dirty(id=own, length=PAGE, page_size=PAGE, uptr=s.page(0)))
+    s.refuses(EINVAL, iommufd, t.test_trigger_iopf(dev_id=dev))
+    s.do(iommufd, u.iommu_vfio_ioas(op=1, ioas_id=ioas))
+    s.expect(s.ioctl(iommufd, 0x3B65, at=4, poke=False).result == 0, "coherency is not enforced by all of them")

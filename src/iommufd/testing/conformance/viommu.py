@@ -151,7 +151,7 @@ def what_a_vdevice_needs(s: Subject) -> None:
         g.destroy(g.vdevice(g.viommu, virt_id))
 
 
-@check("events 7 lifecycle", "events 7 row 4", "core 2.2", "core 2.6")
+@check("events 7 lifecycle", "events 7 row 4", "core 2.2", "core 2.6", "devices 2.3 row 1")
 def a_tombstone(s: Subject) -> None:
     g = Guest(s)
     vdev = g.vdevice(g.viommu, 4)
