@@ -240,7 +240,6 @@ def test_dirty_state_against_a_set_of_entries(
                 d.unmap(at, size)
             model.difference_update(whole)
             entries = [e for e in entries if e not in whole]
-            entries = entries or [(BASE, 0x800)]
         else:
             assert dirty(d, start, length, clear=kind == "clear") == sorted(model.intersection(hit))
             if kind == "clear":
