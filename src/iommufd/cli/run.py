@@ -32,10 +32,12 @@ def parser() -> argparse.ArgumentParser:
     made = _Parser(
         prog="iommufd run",
         usage="iommufd run [--machine NAME] [--kernel VERSION] [--explain] [--trace FILE] [--check] [--fail RULE] "
-        "[--grant CAP,…] -- PROGRAM [ARG…]",
+        "[--grant CAP,…] [--listen SOCKET | --attach SOCKET] -- PROGRAM [ARG…]",
         description="Run an unmodified program with a software /dev/iommu.",
     )
-    made.add_argument("--machine", default="default", metavar="NAME", help="the machine: default, mock, mock@7.3.4, …")
+    made.add_argument(
+        "--machine", metavar="NAME", help="the machine (`iommufd machines` lists them), or a description file"
+    )
     made.add_argument("--kernel", metavar="VERSION", help="hide what Linux VERSION (such as 6.6) did not have")
     made.add_argument("--explain", action="store_true", help="say on standard error why each failing call failed")
     made.add_argument("--trace", metavar="FILE", help="write one JSON line per call (see `iommufd decode`)")
@@ -60,6 +62,10 @@ def parser() -> argparse.ArgumentParser:
         action="store_true",
         help="do not follow munmap, madvise and the like: faster, but pinned pages are lost with their address",
     )
+    made.add_argument(
+        "--listen", metavar="SOCKET", help="let `iommufd run --attach SOCKET` put more programs on this machine"
+    )
+    made.add_argument("--attach", metavar="SOCKET", help="run the program on the machine that listens there")
     made.add_argument("program", nargs=argparse.REMAINDER, metavar="PROGRAM", help="the program and its arguments")
     return made
 
@@ -75,7 +81,8 @@ def granted(names: str) -> int:
         elif name in CAPABILITIES:
             mask |= 1 << CAPABILITIES[name]
         else:
-            raise ValueError(f"--grant {name}: this machine asks for {', '.join(CAPABILITIES)} (or all) and nothing else")
+            known = ", ".join(CAPABILITIES)
+            raise ValueError(f"--grant {name}: this machine asks for {known} (or all) and nothing else")
     return mask
 
 
@@ -91,17 +98,23 @@ def main(argv: Sequence[str]) -> int:
     if not program:
         parser().error("no program given")
 
+    if options.attach is not None:
+        return _attach(options, program)
+
     from iommufd.interpose.children import end_like
     from iommufd.interpose.launch import LaunchError
     from iommufd.interpose.session import run
     from iommufd.machine.presets import preset
 
     try:
-        machine = preset(options.machine, options.kernel)
+        machine = preset(options.machine or "default", options.kernel)
         machine.world.granted = granted(options.grant)
         rules = [machine.world.injector.add_rule(text) for text in options.fail]
     except ValueError as error:
         say(str(error))
+        return EXIT_SUPERVISOR
+    except OSError as error:
+        say(f"the machine cannot be read from {options.machine!r}: {error.strerror}")
         return EXIT_SUPERVISOR
     trace: TraceWriter | None = None
     if options.trace is not None:
@@ -117,7 +130,7 @@ def main(argv: Sequence[str]) -> int:
     gc.disable()  # what the engine makes is acyclic, and a collection over a million areas takes a third of a second
     gc.freeze()
     try:
-        status = run(machine, program, pin_tracking=not options.no_pin_tracking)
+        status = run(machine, program, pin_tracking=not options.no_pin_tracking, listen=options.listen)
     except LaunchError as error:
         say(str(error))
         return error.code
@@ -133,6 +146,22 @@ def main(argv: Sequence[str]) -> int:
             say(f"left behind: {leak}")
         return 1
     return end_like(status)
+
+
+def _attach(options: argparse.Namespace, program: Sequence[str]) -> int:
+    """``--attach``: the machine is another run's, and so are the options that say what it is."""
+    for name in ("machine", "kernel", "explain", "trace", "check", "fail", "grant", "listen"):
+        if getattr(options, name):
+            parser().error(f"--{name} belongs to the machine: give it to the run that listens, not with --attach")
+    from iommufd.interpose.attach import attach
+    from iommufd.interpose.children import end_like
+    from iommufd.interpose.launch import LaunchError
+
+    try:
+        return end_like(attach(options.attach, program, pin_tracking=not options.no_pin_tracking))
+    except LaunchError as error:
+        say(str(error))
+        return error.code
 
 
 def _start_trace(machine: Machine, path: str, program: Sequence[str]) -> TraceWriter:

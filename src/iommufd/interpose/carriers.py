@@ -81,6 +81,7 @@ class Carriers:
         self.by_key: dict[Key, Carrier] = {}
         self._by_watch: dict[int, Carrier] = {}
         self.doubtful: set[Carrier] = set()
+        self.draining = False  # releases were reported to somebody who has not performed them all yet
         self._released = released
         self._draining = threading.RLock()
 
@@ -165,6 +166,7 @@ class Carriers:
         if not self._draining.acquire(timeout=1.0):
             return
         try:
+            self.draining = True
             candidates = set(self.doubtful)
             while True:
                 try:
@@ -175,6 +177,7 @@ class Carriers:
             for carrier in candidates:
                 self._settle(carrier)
         finally:
+            self.draining = False
             self._draining.release()
 
     def _closed(self, data: bytes) -> set[Carrier]:

@@ -16,7 +16,7 @@ import contextlib
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from iommufd.interpose.libc import PR_SET_CHILD_SUBREAPER, prctl
 
@@ -83,8 +83,8 @@ class Children:
                     os.kill(first, info.si_signo)
 
 
-def descendants() -> list[int]:
-    """Every living descendant of ours, parents before children; zombies included."""
+def descendants(roots: Iterable[int] = ()) -> list[int]:
+    """Every living descendant of ``roots`` (default: of ours), parents before children; zombies included."""
     children: dict[int, list[int]] = {}
     for name in os.listdir("/proc"):
         if name.isdigit():
@@ -93,9 +93,9 @@ def descendants() -> list[int]:
                     fields = stat.read().rpartition(b")")[2].split()
                 children.setdefault(int(fields[1]), []).append(int(name))
     found: list[int] = []
-    front = [os.getpid()]
+    front = list(roots) or [os.getpid()]
     while front:
-        front = [child for parent in front for child in children.get(parent, ())]
+        front = [child for parent in front for child in children.pop(parent, ())]
         found += front
     return found
 

@@ -18,14 +18,21 @@ from collections.abc import Mapping, Sequence
 from typing import NoReturn
 
 from iommufd.interpose import notify
-from iommufd.interpose.libc import PR_SET_NO_NEW_PRIVS, PR_SET_PDEATHSIG, prctl, syscall
+from iommufd.interpose.libc import (
+    PR_SET_NO_NEW_PRIVS,
+    PR_SET_PDEATHSIG,
+    PR_SET_PTRACER,
+    PR_SET_PTRACER_ANY,
+    prctl,
+    syscall,
+)
 
 EXIT_SUPERVISOR = 125  # we failed
 EXIT_NOT_EXECUTABLE = 126
 EXIT_NOT_FOUND = 127
 
-_REPORT = struct.Struct("=ci")  # step, errno
-_STEP_READY, _STEP_PRIVS, _STEP_SECCOMP, _STEP_EXEC = b"R", b"P", b"S", b"X"
+REPORT = struct.Struct("=ci")  # step, errno
+STEP_READY, STEP_PRIVS, STEP_SECCOMP, STEP_EXEC = b"R", b"P", b"S", b"X"
 
 
 class LaunchError(Exception):
@@ -54,12 +61,12 @@ class Launched:
         be."""
         self.begin()
         try:
-            report = self._channel.recv(_REPORT.size)
+            report = self._channel.recv(REPORT.size)
         except OSError:
             report = b""
         self._channel.close()
-        if len(report) == _REPORT.size:
-            raise _exec_error(self._program, _REPORT.unpack(report)[1])
+        if len(report) == REPORT.size:
+            raise _exec_error(self._program, REPORT.unpack(report)[1])
 
     def begin(self) -> None:
         """The child goes on; nobody need wait for what comes of it (:meth:`forget`)."""
@@ -88,33 +95,36 @@ def start(
     env: Mapping[str, str] | None = None,
     signal_mask: set[int] | None = None,
     die_with_parent: bool = False,
+    traceable: bool = False,
 ) -> Launched:
     """Forks a child that has installed ``program_filter`` and waits; LaunchError 125 when it cannot be installed.
 
     ``signal_mask`` is the mask the program starts with (default: the caller's). ``die_with_parent``: the program is
-    killed should the calling thread end first."""
+    killed should the calling thread end first. ``traceable``: under Yama's ptrace_scope 1, who is no ancestor may look
+    into the program all the same."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     parent = os.getpid()
     pid = os.fork()
     if pid == 0:
-        _child(argv, program_filter, env, signal_mask, parent if die_with_parent else 0, theirs)
+        _child(argv, program_filter, env, signal_mask, parent if die_with_parent else 0, traceable, theirs)
     theirs.close()
-    report, ancillary, _, _ = ours.recvmsg(_REPORT.size, socket.CMSG_SPACE(4))
+    report, ancillary, _, _ = ours.recvmsg(REPORT.size, socket.CMSG_SPACE(4))
     listener = -1
     for level, kind, data in ancillary:
         if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
             listener = int.from_bytes(data[:4], "little")
-    if listener >= 0 and report[:1] == _STEP_READY:
+    if listener >= 0 and report[:1] == STEP_READY:
         os.set_inheritable(listener, False)
         return Launched(pid, listener, ours, argv[0])
     ours.close()
     os.waitpid(pid, 0)
-    step, number = _REPORT.unpack(report) if len(report) == _REPORT.size else (b"", 0)
-    raise LaunchError(EXIT_SUPERVISOR, _why_not(step, number))
+    step, number = REPORT.unpack(report) if len(report) == REPORT.size else (b"", 0)
+    raise LaunchError(EXIT_SUPERVISOR, why_not(step, number))
 
 
-def _why_not(step: bytes, number: int) -> str:
-    if step == _STEP_SECCOMP:
+def why_not(step: bytes, number: int) -> str:
+    """Why the child could not install the filter, as a sentence."""
+    if step == STEP_SECCOMP:
         if number == errno.EBUSY:
             return (
                 "the seccomp filter cannot be installed: this process already runs under a supervisor of its own "
@@ -126,7 +136,7 @@ def _why_not(step: bytes, number: int) -> str:
                 "(Linux 5.19 or later is needed)"
             )
         return f"the seccomp filter cannot be installed: {os.strerror(number)} (try `iommufd doctor`)"
-    if step == _STEP_PRIVS:
+    if step == STEP_PRIVS:
         return f"no_new_privs cannot be set: {os.strerror(number)}"
     return "the child ended before the seccomp filter was installed"
 
@@ -151,33 +161,37 @@ def _child(
     env: Mapping[str, str] | None,
     signal_mask: set[int] | None,
     parent: int,
+    traceable: bool,
     channel: socket.socket,
 ) -> NoReturn:
-    step = _STEP_PRIVS
+    step = STEP_PRIVS
     try:
         if parent:
             prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
             if os.getppid() != parent:
                 os._exit(EXIT_SUPERVISOR)
+        if traceable:
+            with contextlib.suppress(OSError):
+                prctl(PR_SET_PTRACER, PR_SET_PTRACER_ANY)
         prctl(PR_SET_NO_NEW_PRIVS, 1)
-        step = _STEP_SECCOMP
+        step = STEP_SECCOMP
         listener = install(program_filter)
         step = b""
         rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack("=i", listener))]
-        channel.sendmsg([_REPORT.pack(_STEP_READY, 0)], rights)
+        channel.sendmsg([REPORT.pack(STEP_READY, 0)], rights)
         os.close(listener)
         if channel.recv(1) != b"g":
             os._exit(EXIT_SUPERVISOR)
-        step = _STEP_EXEC
+        step = STEP_EXEC
         for ignored in (signal.SIGPIPE, signal.SIGXFSZ):  # Python ignores them; a program expects the default
             signal.signal(ignored, signal.SIG_DFL)
         if signal_mask is not None:
             signal.pthread_sigmask(signal.SIG_SETMASK, signal_mask)
         _execute(argv, os.environ if env is None else env)
     except OSError as error:
-        channel.send(_REPORT.pack(step, error.errno or 0))
+        channel.send(REPORT.pack(step, error.errno or 0))
     except BaseException:
-        channel.send(_REPORT.pack(step, errno.EINVAL))
+        channel.send(REPORT.pack(step, errno.EINVAL))
     os._exit(EXIT_SUPERVISOR)
 
 

@@ -2,7 +2,7 @@
 
 A mapping is made by the kernel itself once a File has granted it; it can be copied by fork, split, moved and dropped
 without a word to us. So nobody follows it: before a call on a file that has granted mappings, the mappings that
-exist are counted in /proc/PID/maps of the whole tree, and the File is told of the difference.
+exist are counted in /proc/PID/maps of all trees, and the File is told of the difference.
 """
 
 from __future__ import annotations
@@ -10,9 +10,8 @@ from __future__ import annotations
 import os
 import time
 from bisect import bisect_right
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
-
-from iommufd.interpose.children import descendants
 
 if TYPE_CHECKING:
     from iommufd.interpose.carriers import Carrier
@@ -21,9 +20,12 @@ GRACE_SECONDS = 0.05  # a granted mapping of another thread may not have been ma
 
 
 class Mappings:
-    """Keeps :attr:`Carrier.mapped` (offset of a granted region -> mappings the File knows of) true."""
+    """Keeps :attr:`Carrier.mapped` (offset of a granted region -> mappings the File knows of) true.
 
-    def __init__(self) -> None:
+    ``members`` lists the processes that may have such mappings."""
+
+    def __init__(self, members: Callable[[], Iterable[int]]) -> None:
+        self._members = members
         self._last_grant: dict[tuple[int, int], tuple[int, float]] = {}
 
     def granted(self, carrier: Carrier, offset: int, tid: int) -> None:
@@ -35,7 +37,7 @@ class Mappings:
         """Tells the File what mappings were made or went since; thread ``tid`` is in a call."""
         granted_to, when = self._last_grant.get(carrier.key, (tid, 0.0))
         in_flight = granted_to != tid and time.monotonic() - when < GRACE_SECONDS
-        present = count(carrier)
+        present = count(carrier, self._members())
         for offset, known in list(carrier.mapped.items()):
             now = present.get(offset, 0)
             if now < known and in_flight:
@@ -56,13 +58,13 @@ def adjust(carrier: Carrier, offset: int, by: int) -> None:
         del carrier.mapped[offset]
 
 
-def count(carrier: Carrier) -> dict[int, int]:
-    """The mappings of the carrier in all processes of the tree, by the granted region they lie in."""
+def count(carrier: Carrier, members: Iterable[int]) -> dict[int, int]:
+    """The mappings of the carrier in the processes ``members``, by the granted region they lie in."""
     starts = sorted(carrier.mapped)
     found: dict[int, int] = {}
     dev, ino = carrier.key
     needle = f" {os.major(dev):02x}:{os.minor(dev):02x} {ino} ".encode()
-    for pid in descendants():
+    for pid in members:
         try:
             with open(f"/proc/{pid}/maps", "rb") as maps:
                 lines = [line for line in maps if needle in line]

@@ -8,6 +8,7 @@ Invariants:
   however long, stops another program.
 * Releases reported by then are performed before a call is looked at: what a process closed is gone before its next
   call.
+* One Supervisor a tree, with a listener of its own; what trees share is their :class:`~.realm.Realm`.
 * Every call is answered, whatever happens here: an exception that is no KernelError is reported in one line and
   answered EIO. (A supervisor that is gone makes every trapped call ENOSYS.)
 * An answer that is not there yet is a Pending; it is sent when it completes and dropped when its caller is killed.
@@ -24,16 +25,16 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 from iommufd.engine.file import Pending
 from iommufd.errors import KernelError
-from iommufd.interpose.carriers import FIONREAD, Carrier, Carriers
+from iommufd.interpose.carriers import FIONREAD
+from iommufd.interpose.children import descendants
 from iommufd.interpose.credentials import Credentials
 from iommufd.interpose.descriptors import Descriptors
 from iommufd.interpose.filecalls import FileCalls
-from iommufd.interpose.mappings import Mappings
 from iommufd.interpose.notify import NOTIF, NOTIF_SIZE, RECV, RESP, RESP_SIZE, SEND, Gone, Listener
 from iommufd.interpose.pathcalls import PathCalls
 from iommufd.interpose.paths import Resolver
@@ -43,6 +44,7 @@ from iommufd.interpose.trap import ANSWERED, PROCEED, Trap
 from iommufd.interpose.unmaps import Unmaps
 
 if TYPE_CHECKING:
+    from iommufd.interpose.realm import Realm
     from iommufd.interpose.trap import Answered, Proceed
     from iommufd.machine.machine import Machine
     from iommufd.memory.physical import Physical
@@ -70,7 +72,10 @@ class Worker:
 
 class Supervisor:
     """Serves one tree of processes on one machine. ``listener`` becomes the supervisor's; ``base, top`` are the
-    filter's."""
+    filter's.
+
+    ``roots`` are the processes from which the tree descends, or ``()`` once they are gone; ``ours`` says that the tree
+    ends with the realm. ``over`` is set when nobody is left under the filter."""
 
     def __init__(
         self,
@@ -79,19 +84,26 @@ class Supervisor:
         base: int,
         top: int,
         *,
+        realm: Realm,
+        roots: Iterable[int],
+        ours: bool = False,
         make_space: Callable[[int, Physical], AddressSpace] | None = None,
     ) -> None:
         self.machine = machine
+        self.realm = realm
+        self.roots = tuple(roots)
+        self.ours = ours
+        self.over = threading.Event()
         self.listener = Listener(listener)
         self.listener.set_sync_wake_up()
         physical = machine.world.physical
         self.processes = Processes(physical, make_space or new_space)
-        self.carriers = Carriers(self._released)
+        self.carriers = realm.carriers
         self.descriptors = Descriptors(self.listener, self.carriers, physical, base, top, machine.world.granted)
         self.processes.descriptors = self.descriptors
         self.processes.on_new_group = self._watch_group
         self.resolver = Resolver(machine, self.descriptors)
-        self.unmaps = Unmaps(self.processes, self.listener)
+        self.unmaps = Unmaps(self.processes, self.listener, realm.members)
         self._handlers = self._build_handlers()
         self._leader = Worker()
         self._pendings: dict[int, Pending] = {}
@@ -99,7 +111,10 @@ class Supervisor:
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._dormant = False
         self._done = False
+        self._finishing = threading.Lock()
+        self._finished = False
         self._clock_thread: threading.Thread | None = None
+        realm.join(self)
 
     # ---- life
 
@@ -111,6 +126,12 @@ class Supervisor:
 
     def finish(self) -> None:
         """Call it when no process of the tree is left: performs the last releases and gives everything back."""
+        with self._finishing:
+            if not self._finished:
+                self._end()
+                self._finished = True
+
+    def _end(self) -> None:
         self._done = True
         self._kick()
         leader = self._leader.thread
@@ -125,13 +146,26 @@ class Supervisor:
                 thread.join(JOIN_SECONDS)
         for pending in list(self._pendings.values()):
             pending.drop()
-        self.carriers.close()
+        self._drain()
         for group in list(self.processes.groups.values()):
             self.processes.group_ended(group)
             close_pidfd(group)
         if leader is None or not leader.is_alive():
             self.listener.close()
         os.close(self._wake)
+        self.realm.leave(self)
+
+    def members(self) -> list[int]:
+        """Every living process that may be in the tree, and some that are not."""
+        own = {*self.roots, *self.processes.groups}
+        return [pid for pid in {*own, *descendants(own)} if pid != os.getpid()] if own else []
+
+    def kill(self) -> None:
+        """SIGKILL for every process of the tree."""
+        for _ in range(2):  # once more for those forked meanwhile
+            for pid in self.members():
+                with contextlib.suppress(ProcessLookupError, PermissionError):
+                    os.kill(pid, signal.SIGKILL)
 
     def _start_leader(self, worker: Worker) -> None:
         worker.thread = threading.Thread(target=self._lead, args=(worker,), name="leader", daemon=True)
@@ -152,7 +186,8 @@ class Supervisor:
 
     def _serve(self, worker: Worker) -> None:
         ioctl = fcntl.ioctl
-        fd, inotify = self.listener.fd, self.carriers.inotify
+        carriers = self.carriers
+        fd, inotify = self.listener.fd, carriers.inotify
         buffer, zeroes = bytearray(NOTIF_SIZE), bytes(NOTIF_SIZE)
         queued, nothing = bytearray(4), bytes(4)
         response = bytearray(RESP_SIZE)
@@ -174,7 +209,7 @@ class Supervisor:
             if self._dormant:
                 self._kick()
             ioctl(inotify, FIONREAD, queued)
-            if queued != nothing:
+            if queued != nothing or carriers.draining:
                 self._drain()
             if unmaps.moving:
                 unmaps.settle()
@@ -263,12 +298,6 @@ class Supervisor:
         report(f"internal error in {name} of process {tid}, answered EIO", error)
         self._send(number, -errno.EIO)
 
-    def _released(self, carrier: Carrier) -> None:
-        self.processes.carrier_released(carrier)
-        world = self.machine.world
-        if world.instruments:
-            world.event("close", task=None, file=carrier.file)
-
     def _drain(self) -> None:
         try:
             self.carriers.drain()
@@ -316,6 +345,7 @@ class Supervisor:
                     self._aside(self._group_ended, groups.pop(fd))
                 elif event & select.POLLHUP:  # nobody is left under the filter
                     poller.unregister(fd)
+                    self.over.set()
             while self._new_groups:
                 group = self._new_groups.pop()
                 if group.pidfd >= 0:
@@ -372,7 +402,7 @@ class Supervisor:
     # ---- the table
 
     def _build_handlers(self) -> dict[int, Handler]:
-        files = FileCalls(self.machine.world, self.processes, self.descriptors, self.resolver, Mappings())
+        files = FileCalls(self.machine.world, self.processes, self.descriptors, self.resolver, self.realm.mappings)
         paths = PathCalls(self.machine, self.processes, self.descriptors, self.carriers, self.resolver)
         others = Credentials(self.processes, self.resolver)
         unmaps = self.unmaps

@@ -16,11 +16,11 @@ from __future__ import annotations
 import contextlib
 import os
 import time
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 from iommufd.errors import KernelError
 from iommufd.interpose.caller import memory_of
-from iommufd.interpose.children import descendants
 from iommufd.interpose.filter import (
     MADV_DONTNEED,
     MADV_DONTNEED_LOCKED,
@@ -68,16 +68,17 @@ class Moving:
 class Unmaps:
     """Handlers of the address-space calls."""
 
-    def __init__(self, processes: Processes, listener: Listener) -> None:
+    def __init__(self, processes: Processes, listener: Listener, members: Callable[[], Iterable[int]]) -> None:
         self._processes = processes
         self._listener = listener
+        self._members = members  # who may hold a file of the machine
         self.moving: list[Moving] = []
-        processes.physical.locate = self._locate
 
-    def _locate(self, file: FileSpace) -> None:
-        """Lets the address spaces of other processes that map ``file`` know of it: its last known mapping goes."""
+    def locate(self, file: FileSpace, members: Iterable[int]) -> None:
+        """Lets the address spaces of those ``members`` (of this tree) that map ``file`` know of it: its last known
+        mapping goes."""
         dev, inode, _ = file.key
-        for pid in descendants():
+        for pid in members:
             for start, end in shared_mappings(pid, dev, inode):
                 with contextlib.suppress(OSError, KernelError):
                     space = self._processes.thread(pid).group.need_space()
@@ -262,7 +263,7 @@ class Unmaps:
         self._processes.exit_announced(thread)
         space = thread.group.space
         if space is not None and space.alive and not self._processes.sharers(space):
-            space.gone(rescue=bool(space.pinned_vm) and not is_alone(thread.group.tgid))
+            space.gone(rescue=bool(space.pinned_vm) and not is_alone(thread.group.tgid, self._members()))
         return PROCEED
 
 
@@ -339,9 +340,9 @@ def looks_executable(tid: int, dirfd: int, addr: int) -> bool:
     return os.access(path.rstrip(b"/"), os.X_OK)
 
 
-def is_alone(tgid: int) -> bool:
-    """Whether no other process of our tree is alive, so that nobody can hold a file of ours when ``tgid`` is gone."""
-    for pid in descendants():
+def is_alone(tgid: int, members: Iterable[int]) -> bool:
+    """Whether none of the ``members`` but ``tgid`` is alive, so that nobody can hold a file of ours when it is gone."""
+    for pid in members:
         if pid != tgid:
             try:
                 with open(f"/proc/{pid}/stat", "rb") as stat:

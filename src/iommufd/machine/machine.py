@@ -106,6 +106,7 @@ class Machine:
         self._pci: PciBus | None = None
         self.iommus: dict[str, PciBasicDriver] = {}
         self.programs: list[Any] = []  # what popen started and nobody has seen the end of
+        self.realm: object = None  # the interposer's: the trees of programs on this machine
         self._contexts: dict[int, Context] = {}
         self._closers: list[Callable[[], None]] = []
         self._settlers: list[Callable[[], None]] = []
@@ -350,6 +351,10 @@ class Machine:
             found.append(f"a /dev/iommu context is still open with {census.count(len(context.objects), 'object')}")
             found.extend(census.sentences(context))
         return found
+
+    @property
+    def closed(self) -> bool:
+        return self._closed
 
     def close(self) -> None:
         """Nothing can be opened any more and the machine's own workers stop. Open files live on with their holders."""
