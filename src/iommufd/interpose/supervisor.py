@@ -146,6 +146,8 @@ class Supervisor:
                 thread.join(JOIN_SECONDS)
         for pending in list(self._pendings.values()):
             pending.drop()
+        if self.listener.over():
+            self._await_exits()
         self._drain()
         for group in list(self.processes.groups.values()):
             self.processes.group_ended(group)
@@ -154,6 +156,15 @@ class Supervisor:
             self.listener.close()
         os.close(self._wake)
         self.realm.leave(self)
+
+    def _await_exits(self) -> None:
+        """A task leaves its filter early in its exit, before it closes its files; a pidfd tells when it has."""
+        deadline = time.monotonic() + JOIN_SECONDS
+        for group in list(self.processes.groups.values()):
+            if group.pidfd >= 0:
+                poller = select.poll()
+                poller.register(group.pidfd, select.POLLIN)
+                poller.poll(max(deadline - time.monotonic(), 0) * 1000)
 
     def members(self) -> list[int]:
         """Every living process that may be in the tree, and some that are not."""
