@@ -108,12 +108,20 @@ class Scratch:
 
     def __init__(self, data: bytes = b"", length: int | None = None) -> None:
         self.length = len(data) if length is None else length
-        self._memory = ctypes.create_string_buffer(data, max(self.length, 1))
+        try:
+            self._memory = ctypes.create_string_buffer(data, max(self.length, 1))
+        except (MemoryError, OverflowError, ValueError):
+            raise too_much(self.length) from None
         self.address = ctypes.addressof(self._memory)
 
     def bytes(self, count: int | None = None) -> bytes:
         """The first ``count`` bytes as they are now."""
         return self._memory.raw[: self.length if count is None else count]
+
+
+def too_much(count: int) -> MemoryError:
+    """The error for more memory than there is."""
+    return MemoryError(f"{count:#x} bytes of memory are not to be had")
 
 
 def where(source: Buffer | HasArrayInterface) -> tuple[int, int]:

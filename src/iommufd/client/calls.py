@@ -54,7 +54,8 @@ def pack(struct: Struct) -> bytes:
 
 
 def packed(data: object, what: str, *needs: str) -> bytes:
-    """``data.pack()`` of something a user passes as ``what``. TypeError when it has no such method (or not ``needs``)."""
+    """``data.pack()`` of something a user passes as ``what``. TypeError when it has no such method (or not
+    ``needs``)."""
     if isinstance(data, Struct) and not needs:
         return pack(data)
     method = getattr(data, "pack", None)

@@ -11,6 +11,7 @@ import ctypes
 import mmap
 from typing import TYPE_CHECKING
 
+from iommufd.client.buffers import too_much
 from iommufd.uapi import iommufd as u
 
 if TYPE_CHECKING:
@@ -26,14 +27,17 @@ def read_dirty(hwpt: HWPT, iova: int, length: int, page_size: int, clear: bool) 
 
     if page_size & (page_size - 1) or not page_size:
         raise ValueError(f"page_size {page_size} is not a power of two")
+    try:
+        found = np.zeros(length // page_size, bool)
+    except (MemoryError, OverflowError, ValueError):
+        raise too_much(length // page_size) from None
     if (iova | length) % page_size or not length:
-        return _query(hwpt, iova, length, page_size, clear)  # the kernel says what is wrong with it
-    found = np.zeros(length // page_size, bool)
+        _query(hwpt, iova, length, page_size, clear)  # the kernel says what is wrong with it
     for start, end in _runs_of_mappings(hwpt, iova, iova + length - 1):
         both = start | (end + 1) | page_size
         unit = both & -both  # a run may begin inside a page of the caller's
-        part = _query(hwpt, start, end + 1 - start, unit, clear)
-        found[(np.flatnonzero(part) * unit + (start - iova)) // page_size] = True
+        units = _query(hwpt, start, end + 1 - start, unit, clear) + (start - iova) // unit
+        found[units // (page_size // unit)] = True
     return found
 
 
@@ -53,11 +57,16 @@ def _runs_of_mappings(hwpt: HWPT, iova: int, last: int) -> list[tuple[int, int]]
     return runs
 
 
-def _query(hwpt: HWPT, iova: int, length: int, page_size: int, clear: bool) -> NDArray[np.bool_]:
+def _query(hwpt: HWPT, iova: int, length: int, page_size: int, clear: bool) -> NDArray[np.intp]:
+    """The numbers of the dirty pages, counted from ``iova``."""
     import numpy as np
 
     bits = -(-length // page_size)
-    memory = mmap.mmap(-1, (-(-bits // 8) + 2 * mmap.PAGESIZE - 1) // mmap.PAGESIZE * mmap.PAGESIZE)
+    room = (-(-bits // 8) + 2 * mmap.PAGESIZE - 1) // mmap.PAGESIZE * mmap.PAGESIZE
+    try:
+        memory = mmap.mmap(-1, room)
+    except (OSError, OverflowError, ValueError):
+        raise too_much(room) from None
     query = u.iommu_hwpt_get_dirty_bitmap(
         hwpt_id=hwpt._id,
         flags=0 if clear else u.IOMMU_HWPT_GET_DIRTY_BITMAP_NO_CLEAR,
@@ -68,7 +77,10 @@ def _query(hwpt: HWPT, iova: int, length: int, page_size: int, clear: bool) -> N
     )
     hwpt._do(query)
     packed = np.frombuffer(memory, np.uint8, -(-bits // 8))
-    return np.unpackbits(packed, count=bits, bitorder="little").view(bool)
+    marked = np.flatnonzero(packed)  # few of many bytes: only they are taken apart
+    rows, columns = np.nonzero(np.unpackbits(packed[marked], bitorder="little").reshape(-1, 8))
+    pages = marked[rows] * 8 + columns
+    return pages[pages < bits]
 
 
 def runs(dirty: NDArray[np.bool_], iova: int, page_size: int) -> list[tuple[int, int]]:

@@ -23,6 +23,7 @@ from iommufd.client.errors import IommufdError
 if TYPE_CHECKING:
     from iommufd.client.backend import Backend
 
+FAILURES = (OSError, ValueError, RuntimeError, OverflowError)  # of a backend's call
 POLLIN, POLLOUT = 0x001, 0x004
 
 _handles: weakref.WeakSet[Handle] = weakref.WeakSet()
@@ -54,28 +55,28 @@ class Handle:
         """One raw ioctl: ``arg`` is the struct's bytes, changed in place, or a number. The result, 0 or more."""
         try:
             return self._call(self._fd, cmd, arg)
-        except (OSError, ValueError, RuntimeError) as error:
+        except FAILURES as error:
             raise self.failure(error, cmd, arg) from None
 
     def read(self, count: int, offset: int | None = None) -> bytes:
         """read(2) or, with an ``offset``, pread(2): up to ``count`` bytes."""
         try:
             return self.backend.read(self._fd, count, offset)
-        except (OSError, ValueError, RuntimeError) as error:
+        except FAILURES as error:
             raise self.failure(error, f"read of {count} bytes") from None
 
     def write(self, data: bytes, offset: int | None = None) -> int:
         """write(2) or, with an ``offset``, pwrite(2): bytes taken."""
         try:
             return self.backend.write(self._fd, data, offset)
-        except (OSError, ValueError, RuntimeError) as error:
+        except FAILURES as error:
             raise self.failure(error, f"write of {len(data)} bytes") from None
 
     def poll(self, events: int = POLLIN, timeout: float | None = 0) -> int:
         """Which of ``events`` are ready, waiting up to ``timeout`` seconds (None: forever) for one; 0 when none is."""
         try:
             return self.backend.poll(self._fd, events, timeout)
-        except (OSError, ValueError, RuntimeError) as error:
+        except FAILURES as error:
             raise self.failure(error, "poll") from None
 
     def mmap(self, length: int, offset: int, *, writeable: bool = True) -> memoryview:
@@ -83,7 +84,7 @@ class Handle:
         prot = 3 if writeable else 1  # PROT_READ | PROT_WRITE
         try:
             return self.backend.mmap(self._fd, length, prot, 1, offset)  # MAP_SHARED
-        except (OSError, ValueError, RuntimeError, OverflowError) as error:
+        except FAILURES as error:
             raise self.failure(error, f"mmap of {length:#x} bytes at offset {offset:#x}") from None
 
     def close_fd(self) -> bool:
@@ -103,10 +104,12 @@ class Handle:
             )
         if self._fd < 0:
             return IommufdError(errno.EBADF, f"{self.name} is closed")
+        request = cmd if isinstance(cmd, str) else self._show(cmd, arg)
+        if isinstance(error, OverflowError):
+            return ValueError(f"{request}: {error}")
         if not isinstance(error, OSError):
             assert error is not None
             return error
-        request = cmd if isinstance(cmd, str) else self._show(cmd, arg)
         number = error.errno or 0
         if isinstance(error, IommufdError):
             error.request = request

@@ -64,17 +64,18 @@ class Object:
             return
         for child in sorted(self._children, key=_age):
             child.close()
-        try:
-            self.destroy()
-        except IommufdError:
-            if self._id:  # otherwise another thread was first
-                raise
+        if self.context._objects.pop(self, None) is not None:  # otherwise another thread is at it
+            self._end()
 
     def destroy(self) -> None:
         """IOMMU_DESTROY. IommufdError EBUSY while anything holds the object: it stays as it is then."""
         self._check()
         if self.context._objects.pop(self, None) is None:
             raise IommufdError(errno.EBADF, f"{self!r} is being closed by another thread")
+        self._end()
+
+    def _end(self) -> None:
+        """Destroys the object; called by the one thread that took it out of the context's list."""
         try:
             self._destroy()
         except BaseException:

@@ -3,7 +3,8 @@ iommufd_eventq).
 
 Invariants: the descriptor is closed with the queue object and before it (the kernel's object is held by its open file).
 Records read and not yet handed out wait in ``_ready``; several iterations, threads and tasks may share a queue and each
-record goes to one of them. Iterations end when the queue is closed.
+record goes to one of them. Iterations end when the queue is closed. A thread that waits in poll holds the open file, so
+threads wait in slices, and closing waits for them to leave.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import threading
+import time
 from collections import deque
 from typing import TYPE_CHECKING, Generic, Self, TypeVar
 
@@ -22,7 +24,7 @@ if TYPE_CHECKING:
     from iommufd.client.context import Context
 
 R = TypeVar("R")
-SLICE = 0.2  # seconds after which a waiting thread looks whether the queue was closed
+SLICE = 0.1  # seconds after which a waiting thread looks whether the queue is being closed
 MOST = 1 << 20
 
 
@@ -36,6 +38,9 @@ class Queue(Object, Generic[R]):
         self._lock = threading.Lock()  # one reader at a time, so that records stay in order
         self._waiters: dict[asyncio.AbstractEventLoop, list[asyncio.Future[None]]] = {}
         self._room = 4096
+        self._waiting = 0  # threads in poll
+        self._closing = False
+        self._left = threading.Condition()
 
     # -------------------------------------------------------------------------------------------------------- reading
 
@@ -88,7 +93,22 @@ class Queue(Object, Generic[R]):
 
     def wait(self, timeout: float | None = None) -> bool:
         """Waits up to ``timeout`` seconds (None: forever) until something can be read; whether it can."""
-        return bool(self._ready) or bool(self._handle.poll(POLLIN, timeout))
+        self._handle.fileno()  # raises when closed
+        until = None if timeout is None else time.monotonic() + timeout
+        with self._left:
+            self._waiting += 1
+        try:
+            while not self._ready and not self._closing:
+                left = SLICE if until is None else min(SLICE, max(until - time.monotonic(), 0.0))
+                if self._handle.poll(POLLIN, left):
+                    return True
+                if until is not None and time.monotonic() >= until:
+                    return False
+        finally:
+            with self._left:
+                self._waiting -= 1
+                self._left.notify_all()
+        return bool(self._ready)
 
     def fileno(self) -> int:
         """The descriptor, readable when something waits; for select and event loops."""
@@ -101,14 +121,14 @@ class Queue(Object, Generic[R]):
 
     def __next__(self) -> R:
         """The next record; waits for it. StopIteration when the queue is closed."""
-        while not self._handle.closed:
+        while not self._handle.closed and not self._closing:
             try:
                 record = self._next()
                 if record is not None:
                     return record
-                self.wait(SLICE)
+                self.wait()
             except IommufdError:
-                if not self._handle.closed:  # closed by another thread just now
+                if not self._closing:
                     raise
         if self._handle._foreign:
             raise self._handle.failure(None)
@@ -119,7 +139,7 @@ class Queue(Object, Generic[R]):
 
     async def __anext__(self) -> R:
         """The next record, for ``async for``."""
-        while not self._handle.closed:
+        while not self._handle.closed and not self._closing:
             record = self._next()
             if record is not None:
                 return record
@@ -171,6 +191,9 @@ class Queue(Object, Generic[R]):
     def _release(self) -> None:
         if self._handle.closed:
             return
+        self._closing = True
+        with self._left:
+            self._left.wait_for(lambda: not self._waiting, 10 * SLICE)
         fd = self._handle.fileno()
         for loop in list(self._waiters):
             try:
@@ -181,4 +204,5 @@ class Queue(Object, Generic[R]):
                 self._wake(loop, fd)
             elif not loop.is_closed():
                 loop.call_soon_threadsafe(self._wake, loop, fd)
-        self._handle.close_fd()
+        with self._lock:
+            self._handle.close_fd()

@@ -19,7 +19,7 @@ import errno
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from iommufd.client.buffers import Scratch, where
+from iommufd.client.buffers import Scratch, too_much, where
 from iommufd.client.device import Device
 from iommufd.client.errors import IommufdError
 from iommufd.client.handle import Handle
@@ -189,7 +189,10 @@ def mark_dirty(hwpt: HWPT, iova: int | Mapping, pages: Iterable[int], *, page_si
     chosen = sorted({number(page, "a page") for page in pages})
     if not chosen:
         return
-    bits = bytearray(chosen[-1] // 8 + 1)
+    try:
+        bits = bytearray(chosen[-1] // 8 + 1)
+    except (MemoryError, OverflowError):
+        raise too_much(chosen[-1] // 8 + 1) from None
     for page in chosen:
         bits[page // 8] |= 1 << page % 8
     memory = Scratch(bytes(bits))
