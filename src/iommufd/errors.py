@@ -21,14 +21,15 @@ class KernelError(Exception):
     """An ioctl (or other call on one of our files) that fails with ``errno`` because ``why``.
 
     ``errno`` is positive, as in C. ``why`` is one sentence without a trailing full stop, numbers in hexadecimal for
-    addresses and decimal for counts.
+    addresses and decimal for counts. ``told``: the instruments have heard of it.
     """
 
-    __slots__ = ("errno", "why")
+    __slots__ = ("errno", "told", "why")
 
     def __init__(self, errno: int, why: str) -> None:
         self.errno = errno
         self.why = why
+        self.told = False
 
     def __str__(self) -> str:
         return f"{errno_name(self.errno)}: {self.why}"

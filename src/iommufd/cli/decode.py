@@ -43,7 +43,7 @@ def lines(records: Iterable[Record], times: bool) -> Iterator[str]:
     for record in records:
         if first is None:
             first = record.pid
-        text = show_call(record) if record.pid == first else f"[pid {record.pid}] {show_call(record)}"
+        text = show_call(record) if record.pid in (first, 0) else f"[pid {record.pid}] {show_call(record)}"
         if times:
             took = "" if record.us is None else f" <{record.us / 1e6:.6f}>"
             text = f"{record.time:12.6f} {text}{took}"

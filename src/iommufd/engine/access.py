@@ -341,7 +341,7 @@ class Access(Object):
 
 def _last(iova: int, length: int) -> int:
     if length == 0:
-        raise KernelError(errno.EINVAL, "the length is zero")
+        raise KernelError(errno.EINVAL, "the length is 0")
     last = iova + length - 1
     if last > ULMAX:
         raise KernelError(errno.EOVERFLOW, f"{length:#x} bytes at IOVA {iova:#x} end beyond the last address")

@@ -30,7 +30,7 @@ def change_process(call: Call) -> None:
     cmd = call.cmd
     assert isinstance(cmd, u.iommu_ioas_change_process)
     if cmd.reserved:  # row 1
-        raise KernelError(errno.EOPNOTSUPP, "__reserved is not zero")
+        raise KernelError(errno.EOPNOTSUPP, f"__reserved {cmd.reserved:#x} is not 0")
     with _all_ioases(call.context) as ioases:  # row 2
         pages = _file_pages(ioases)  # rows 3-4
         _move(call.task, pages)  # rows 5-6

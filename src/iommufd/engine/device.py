@@ -130,7 +130,7 @@ class Device(Object):
             if isinstance(obj, IOAS):  # step 3
                 hwpt, released = self._search(task, obj, pasid, change, attach=attach)
                 return hwpt.id
-            raise KernelError(errno.EINVAL, f"id {pt_id} is a {obj.kind}, neither an IOAS nor a HWPT")  # step 4
+            raise KernelError(errno.EINVAL, f"id {pt_id} is of type {obj.kind}, neither an IOAS nor an HWPT")  # step 4
         finally:
             objects.put(obj)
             if released is not None:

@@ -18,6 +18,8 @@ from iommufd.engine.failpoints import LOOKUP, SLAB
 from iommufd.engine.file import File, Pending
 from iommufd.engine.object import Object
 from iommufd.errors import KernelError
+from iommufd.uapi.commands import BY_NUMBER
+from iommufd.uapi.declare import show_release
 
 if TYPE_CHECKING:
     from iommufd.engine.context import Context
@@ -169,13 +171,21 @@ def dispatch(context: Context, task: Task, number: int, arg: int) -> int | Pendi
     try:
         result = _run(call, world, task, number, arg)
     except KernelError as error:
-        for instrument in instruments:
-            instrument.ioctl_exit(call, -1, error)
+        if instruments:
+            _tell(call, -1, error)
         raise
-    if instruments and isinstance(result, int):
-        for instrument in instruments:
-            instrument.ioctl_exit(call, result, None)
+    if instruments:
+        if isinstance(result, Pending):
+            return result.watched(lambda answer: _tell(call, answer.result, answer.error))
+        _tell(call, result, None)
     return result
+
+
+def _tell(call: Call, result: int | None, error: KernelError | None) -> None:
+    if error is not None:
+        error.told = True
+    for instrument in call.world.instruments:
+        instrument.ioctl_exit(call, -1 if result is None else result, error)
 
 
 def _run(call: Call, world: World, task: Task, number: int, arg: int) -> int | Pending:
@@ -187,7 +197,7 @@ def _run(call: Call, world: World, task: Task, number: int, arg: int) -> int | P
     (size,) = _SIZE(head)
     call.size = size
     if row is None:  # row 3
-        raise KernelError(errno.ENOTTY, f"there is no command {number:#x}")
+        raise KernelError(errno.ENOTTY, _why_not_there(number, world.kernel))
     call.row = row
     call.raw = head if size >= full else head[:size]
     if size < row.minimum:  # row 4
@@ -223,6 +233,13 @@ def _run(call: Call, world: World, task: Task, number: int, arg: int) -> int | P
     if call.held:
         _release(call)
     return 0 if result is None else result
+
+
+def _why_not_there(number: int, kernel: tuple[int, int]) -> str:
+    command = BY_NUMBER.get(number)
+    if command is None or command.since <= kernel:
+        return f"there is no command {number:#x}"
+    return f"{command.name} came with Linux {show_release(command.since)}; this machine is Linux {show_release(kernel)}"
 
 
 def _release(call: Call) -> None:

@@ -48,6 +48,17 @@ class Pending:
                 return
         done(self)
 
+    def watched(self, tell: Callable[[Pending], None]) -> Pending:
+        """A Pending with the same answer, completed after ``tell(self)``."""
+        outer = Pending(self.drop)
+
+        def done(answered: Pending) -> None:
+            tell(answered)
+            outer._complete(answered.result, answered.error)
+
+        self.then(done)
+        return outer
+
     def finish(self, result: int) -> None:
         self._complete(result, None)
 

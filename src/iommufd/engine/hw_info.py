@@ -23,9 +23,9 @@ def get_hw_info(call: Call) -> None:
     assert isinstance(cmd, u.iommu_hw_info)
     known = 0 if releases.later(("IOMMU_HW_INFO_FLAG_INPUT_TYPE",), call.world.kernel) else INPUT_TYPE
     if cmd.flags & ~known:  # step 1
-        raise KernelError(errno.EOPNOTSUPP, f"unknown flags {cmd.flags:#x}")
+        raise KernelError(errno.EOPNOTSUPP, f"unknown flags {cmd.flags & ~known:#x}")
     if any(cmd.reserved):  # step 2
-        raise KernelError(errno.EOPNOTSUPP, "__reserved is not zero")
+        raise KernelError(errno.EOPNOTSUPP, f"__reserved {cmd.reserved.hex()} is not 0")
     given = bool(cmd.flags & INPUT_TYPE)
     requested = cmd.in_data_type if given else u.IOMMU_HW_INFO_TYPE_DEFAULT  # step 3
     idev = call.get(cmd.dev_id, Device)  # step 4

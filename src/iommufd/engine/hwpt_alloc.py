@@ -44,7 +44,7 @@ def hwpt_alloc(call: Call) -> None:
     cmd = call.cmd
     assert isinstance(cmd, u.iommu_hwpt_alloc)
     if cmd.reserved:  # step 1
-        raise KernelError(errno.EOPNOTSUPP, "__reserved is not zero")
+        raise KernelError(errno.EOPNOTSUPP, f"__reserved {cmd.reserved:#x} is not 0")
     if (cmd.data_type == u.IOMMU_HWPT_DATA_NONE) != (cmd.data_len == 0):  # step 2
         raise KernelError(errno.EINVAL, f"driver data of type {cmd.data_type:#x} with {cmd.data_len} bytes")
     idev = call.get(cmd.dev_id, Device)  # step 3
@@ -54,7 +54,7 @@ def hwpt_alloc(call: Call) -> None:
         raise KernelError(errno.EINVAL, error.why) from None
     for name in releases.later(FLAG_NAMES, call.world.kernel):
         if cmd.flags & getattr(u, name):
-            raise KernelError(errno.EOPNOTSUPP, f"this release does not know {name}")
+            raise KernelError(errno.EOPNOTSUPP, releases.why_not_there(name, call.world.kernel))
     data = UserData(call.task, cmd.data_type, cmd.data_uptr, cmd.data_len) if cmd.data_len else None
     hwpt: Hwpt
     if isinstance(pt, IOAS):  # step 5
@@ -67,7 +67,7 @@ def hwpt_alloc(call: Call) -> None:
     elif isinstance(pt, Viommu):
         hwpt = alloc_nested_on_viommu(call, pt, idev, cmd.flags, data)
     else:
-        raise KernelError(errno.EINVAL, f"id {pt.id} is a {pt.kind}; page tables are made on an IOAS, HWPT or vIOMMU")
+        raise KernelError(errno.EINVAL, f"id {pt.id} is of type {pt.kind}, not an IOAS, an HWPT or a vIOMMU")
     if cmd.flags & FAULT_ID_VALID:
         hwpt.link_fault(call.get(cmd.fault_id, FaultQueue))  # steps 6, 7
     cmd.out_hwpt_id = hwpt.id  # steps 8 and 9 are dispatch's

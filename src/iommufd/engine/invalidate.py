@@ -37,7 +37,7 @@ def operation(obj: Object) -> Callable[[UserArray], None]:
         if not isinstance(ops, InvalidatesViommuCaches):  # row 6
             raise KernelError(errno.EOPNOTSUPP, f"vIOMMU {obj.id} has no caches to invalidate")
         return partial(ops.cache_invalidate, obj)  # row 7
-    raise KernelError(errno.EINVAL, f"id {obj.id} is a {obj.kind}, neither a nested HWPT nor a vIOMMU")  # row 8
+    raise KernelError(errno.EINVAL, f"id {obj.id} is of type {obj.kind}, neither a nested HWPT nor a vIOMMU")  # row 8
 
 
 def hwpt_invalidate(call: Call) -> None:

@@ -93,7 +93,7 @@ def ioas_alloc(call: Call) -> None:
     cmd = call.cmd
     assert isinstance(cmd, u.iommu_ioas_alloc)
     if cmd.flags:  # row 1
-        raise KernelError(errno.EOPNOTSUPP, f"flags {cmd.flags:#x} are not known")
+        raise KernelError(errno.EOPNOTSUPP, f"unknown flags {cmd.flags:#x}")
     ioas = call.reserve(IOAS(call.context))  # row 2; rows 3 and 4 are dispatch's
     ioas.io_pagetable.ioas_id = ioas.id
     cmd.out_ioas_id = ioas.id
@@ -104,7 +104,7 @@ def ioas_iova_ranges(call: Call) -> None:
     cmd = call.cmd
     assert isinstance(cmd, u.iommu_ioas_iova_ranges)
     if cmd.reserved:  # row 1
-        raise KernelError(errno.EOPNOTSUPP, "__reserved is not zero")
+        raise KernelError(errno.EOPNOTSUPP, f"__reserved {cmd.reserved:#x} is not 0")
     ioas = call.get(cmd.ioas_id, IOAS)  # row 2
     ranges, alignment = ioas.io_pagetable.usable()
     room = cmd.num_iovas
@@ -123,7 +123,7 @@ def ioas_allow_iovas(call: Call) -> None:
     cmd = call.cmd
     assert isinstance(cmd, u.iommu_ioas_allow_iovas)
     if cmd.reserved:  # row 1
-        raise KernelError(errno.EOPNOTSUPP, "__reserved is not zero")
+        raise KernelError(errno.EOPNOTSUPP, f"__reserved {cmd.reserved:#x} is not 0")
     ioas = call.get(cmd.ioas_id, IOAS)  # row 2
     allowed = read_allowed(call.world, call.task, cmd.allowed_iovas, cmd.num_iovas)  # rows 3-6
     ioas.io_pagetable.set_allowed(allowed)  # rows 7-8
@@ -171,7 +171,8 @@ def ioas_map(call: Call) -> None:
     assert isinstance(cmd, u.iommu_ioas_map)
     flags = cmd.flags
     if flags & ~MAP_FLAGS or cmd.reserved:  # row 1
-        raise KernelError(errno.EOPNOTSUPP, f"flags {flags:#x} are not known, or __reserved is not zero")
+        unknown = flags & ~MAP_FLAGS
+        raise KernelError(errno.EOPNOTSUPP, f"unknown flags {unknown:#x}, or __reserved {cmd.reserved:#x} is not 0")
     prot = _check_map_flags(flags, cmd.iova, cmd.length)  # rows 2-3
     ioas = call.get(cmd.ioas_id, IOAS)  # row 4
     iova = cmd.iova if flags & u.IOMMU_IOAS_MAP_FIXED_IOVA else None
@@ -184,11 +185,11 @@ def ioas_map_file(call: Call) -> None:
     assert isinstance(cmd, u.iommu_ioas_map_file)
     flags, length, start = cmd.flags, cmd.length, cmd.start
     if flags & ~MAP_FLAGS:  # row 1
-        raise KernelError(errno.EOPNOTSUPP, f"flags {flags:#x} are not known")
+        raise KernelError(errno.EOPNOTSUPP, f"unknown flags {flags & ~MAP_FLAGS:#x}")
     prot = _check_map_flags(flags, cmd.iova, length)  # rows 2-3
     ioas = call.get(cmd.ioas_id, IOAS)  # row 4
     if length == 0:  # row 5
-        raise KernelError(errno.EINVAL, "the length is zero")
+        raise KernelError(errno.EINVAL, "the length is 0")
     if start + length - 1 > ULMAX:  # row 6
         raise KernelError(errno.EOVERFLOW, f"{length:#x} bytes at offset {start:#x} end beyond the last offset")
     pages = _file_pages(call, cmd.fd, start, length, bool(flags & u.IOMMU_IOAS_MAP_WRITEABLE))  # rows 7-9
@@ -244,13 +245,13 @@ def ioas_copy(call: Call) -> None:
         cmd.src_iova = _syz_src_iova(call, cmd.src_ioas_id, cmd.src_iova)
     flags, length, src_iova = cmd.flags, cmd.length, cmd.src_iova
     if flags & ~MAP_FLAGS:  # row 1
-        raise KernelError(errno.EOPNOTSUPP, f"flags {flags:#x} are not known")
+        raise KernelError(errno.EOPNOTSUPP, f"unknown flags {flags & ~MAP_FLAGS:#x}")
     if src_iova == ULMAX:  # row 2
         raise KernelError(errno.EOVERFLOW, f"src_iova {src_iova:#x} is the largest number")
     prot = _check_map_flags(flags, cmd.dst_iova, length)  # rows 2-3
     source = call.get(cmd.src_ioas_id, IOAS)  # row 4
     if length == 0:  # row 5
-        raise KernelError(errno.EINVAL, "the length is zero")
+        raise KernelError(errno.EINVAL, "the length is 0")
     last = src_iova + length - 1
     if last > ULMAX:  # row 6
         raise KernelError(errno.EOVERFLOW, f"{length:#x} bytes at IOVA {src_iova:#x} end beyond the last address")
@@ -287,7 +288,7 @@ def ioas_unmap(call: Call) -> None:
         if iova == ULMAX or length == ULMAX:  # row 3
             raise KernelError(errno.EOVERFLOW, f"iova {iova:#x} or length {length:#x} is the largest number")
         if length == 0:  # row 4
-            raise KernelError(errno.EINVAL, "the length is zero")
+            raise KernelError(errno.EINVAL, "the length is 0")
         last = iova + length - 1
         if last > ULMAX:  # row 5
             raise KernelError(errno.EOVERFLOW, f"{length:#x} bytes at IOVA {iova:#x} end beyond the last address")
@@ -307,7 +308,7 @@ def vfio_ioas(call: Call) -> None:
     assert isinstance(cmd, u.iommu_vfio_ioas)
     context = call.context
     if cmd.reserved:
-        raise KernelError(errno.EOPNOTSUPP, "__reserved is not zero")
+        raise KernelError(errno.EOPNOTSUPP, f"__reserved {cmd.reserved:#x} is not 0")
     if cmd.op == u.IOMMU_VFIO_IOAS_GET:
         with call.world.lock:
             ioas = context.compat_ioas

@@ -153,7 +153,7 @@ class ObjectTable:
         wanted = " or ".join(t.kind for t in types) or "object"
         if found is None:
             raise KernelError(errno.ENOENT, f"there is no {wanted} with id {number}")
-        raise KernelError(errno.ENOENT, f"id {number} is a {found}, not a {wanted}")
+        raise KernelError(errno.ENOENT, f"id {number} is of type {found}, not {wanted}")
 
     def put(self, obj: Object) -> None:
         """Drops what :meth:`get` took."""

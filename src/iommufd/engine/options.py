@@ -24,7 +24,7 @@ def option(call: Call) -> None:
     cmd = call.cmd
     assert isinstance(cmd, u.iommu_option)
     if cmd.reserved:  # row 1
-        raise KernelError(errno.EOPNOTSUPP, "__reserved is not zero")
+        raise KernelError(errno.EOPNOTSUPP, f"__reserved {cmd.reserved:#x} is not 0")
     if cmd.option_id == u.IOMMU_OPTION_RLIMIT_MODE:  # row 3
         rlimit_mode(call, cmd)
     elif cmd.option_id == u.IOMMU_OPTION_HUGE_PAGES:

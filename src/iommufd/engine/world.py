@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 from iommufd.engine.fail import Injector
+from iommufd.errors import KernelError
 from iommufd.memory.physical import Physical
 
 if TYPE_CHECKING:
@@ -104,5 +105,8 @@ class World:
 
     def event(self, name: str, **fields: object) -> None:
         """Tells every instrument; call it only behind ``if world.instruments``."""
+        error = fields.get("error")
+        if isinstance(error, KernelError):
+            error.told = True
         for instrument in self.instruments:
             instrument.event(name, **fields)

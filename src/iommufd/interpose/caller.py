@@ -168,15 +168,17 @@ def say_unreadable(tid: int) -> None:
 
 
 class RemoteTask:
-    """One supervised thread in one call. ``notification`` is the call being answered; see engine.task.Task."""
+    """One supervised thread in one call. ``notification`` is the call being answered, ``fd`` the descriptor it names
+    (None where that was not asked for); see engine.task.Task."""
 
-    __slots__ = ("_descriptors", "memory", "notification", "thread", "tid")
+    __slots__ = ("_descriptors", "fd", "memory", "notification", "thread", "tid")
 
     def __init__(self, thread: Thread, descriptors: Descriptors) -> None:
         self.thread = thread
         self.tid = thread.tid
         self.memory = memory_of(thread.tid)
         self.notification = 0
+        self.fd: int | None = None
         self._descriptors = descriptors
 
     # ---- memory

@@ -72,8 +72,10 @@ class FileCalls:
         carrier = self._descriptors.find(thread, fd)
         if carrier is None:
             return None
-        thread.task.notification = trap.number
-        return carrier, thread.task
+        task = thread.task
+        task.notification = trap.number
+        task.fd = fd
+        return carrier, task
 
     # ---- ioctl
 
@@ -225,7 +227,10 @@ class FileCalls:
     # ---- numbers: close, dup, fcntl
 
     def close(self, trap: Trap) -> Proceed:
-        self._processes.number_closed(fd_of(trap.args[0]))
+        fd = fd_of(trap.args[0])
+        if self._world.instruments and (found := self._find(trap, fd)) is not None:
+            self._processes.closing[trap.tid] = found
+        self._processes.number_closed(fd)
         return PROCEED
 
     def close_range(self, trap: Trap) -> Proceed:

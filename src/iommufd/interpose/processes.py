@@ -165,6 +165,7 @@ class Processes:
     def __init__(self, physical: Physical, make_space: Callable[[int, Physical], AddressSpace]) -> None:
         self.threads: dict[int, Thread] = {}
         self.groups: dict[int, ThreadGroup] = {}
+        self.closing: dict[int, tuple[Carrier, RemoteTask]] = {}  # by thread; only while somebody watches
         self.activity = 0  # raised every half second of activity by the supervisor's clock
         self.descriptors: Descriptors | None = None
         self.on_new_group: Callable[[ThreadGroup], None] = lambda group: None
@@ -343,6 +344,10 @@ class Processes:
         group = self.thread(tid).group
         group.private_files = True
         group.files.clear()
+
+    def closer(self, carrier: Carrier) -> RemoteTask | None:
+        """Who has just closed the descriptor that was the carrier's last; None when it went with its process."""
+        return next((task for closed, task in list(self.closing.values()) if closed is carrier), None)
 
     def carrier_released(self, carrier: Carrier) -> None:
         """The carrier is gone: no number names it."""

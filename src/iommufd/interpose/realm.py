@@ -77,7 +77,9 @@ class Realm:
             tree.processes.carrier_released(carrier)
         world = self.machine.world
         if world.instruments:
-            world.event("close", task=None, file=carrier.file)
+            closers = [tree.processes.closer(carrier) for tree in list(self.trees)]
+            task = next((task for task in closers if task is not None), None)
+            world.event("close", task=task, file=carrier.file)
 
     def _locate(self, file: FileSpace) -> None:
         for tree in list(self.trees):

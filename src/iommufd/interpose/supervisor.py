@@ -40,7 +40,7 @@ from iommufd.interpose.pathcalls import PathCalls
 from iommufd.interpose.paths import Resolver
 from iommufd.interpose.processes import Processes, ThreadGroup
 from iommufd.interpose.syscalls import HOST
-from iommufd.interpose.trap import ANSWERED, PROCEED, Trap
+from iommufd.interpose.trap import ANSWERED, PROCEED, Trap, fd_of
 from iommufd.interpose.unmaps import Unmaps
 
 if TYPE_CHECKING:
@@ -261,12 +261,16 @@ class Supervisor:
 
     def _handle(self, trap: Trap) -> None:
         """Any call but the hot one: finds the handler and sends what it says."""
+        if self.processes.closing:  # what that thread closed has been released by now, or is not going to be
+            self.processes.closing.pop(trap.tid, None)
         try:
             handler = self._handlers.get(trap.nr)
             result = PROCEED if handler is None else handler(trap)
             if result is not ANSWERED:
                 self._finish(trap.number, result)
         except KernelError as error:
+            if self.machine.world.instruments and not error.told:
+                self._tell_refused(trap, error)
             self._send(trap.number, -error.errno)
         except Gone:
             pass
@@ -274,6 +278,13 @@ class Supervisor:
             self._sent_or_failed(error, trap.number, trap.tid, trap.nr)
         except Exception as error:
             self._broken(error, trap.number, trap.tid, trap.nr)
+
+    def _tell_refused(self, trap: Trap, error: KernelError) -> None:
+        """A call that fails without having reached a File: lseek, access, a read of what is open for writing."""
+        name = name_of(trap.nr)
+        task = self.processes.thread(trap.tid).task
+        task.fd = None if name in _PATH_CALLS and name != "fstat" else fd_of(trap.args[0])
+        self.machine.world.event("refused", task=task, call=name, error=error)
 
     def _finish(self, number: int, result: int | Pending | Proceed | Answered) -> None:
         try:
@@ -305,8 +316,7 @@ class Supervisor:
             self._broken(error, number, tid, nr)
 
     def _broken(self, error: Exception, number: int, tid: int, nr: int) -> None:
-        name = next((name for name, value in HOST.numbers.items() if value == nr), str(nr))
-        report(f"internal error in {name} of process {tid}, answered EIO", error)
+        report(f"internal error in {name_of(nr)} of process {tid}, answered EIO", error)
         self._send(number, -errno.EIO)
 
     def _drain(self) -> None:
@@ -470,6 +480,11 @@ def new_space(tgid: int, physical: Physical) -> AddressSpace:
     from iommufd.memory.space import AddressSpace
 
     return AddressSpace(physical, ProcHost(tgid), f"process {tgid}")
+
+
+def name_of(nr: int) -> str:
+    """The system call with that number, the number itself where we know none."""
+    return next((name for name, value in HOST.numbers.items() if value == nr), str(nr))
 
 
 def close_pidfd(group: ThreadGroup) -> None:

@@ -12,11 +12,12 @@ write     task, file, arg, size, data (bytes taken or offered), result, error
 mmap      task, file, offset, size, prot, result (the address, None when unknown), error
 ioctl     task, file, number, arg, raw (bytes copied in), out (bytes given back), result, error: an ioctl that did not
           go through the command table (VFIO, devices)
-close     file; task may be None: the last reference is gone
+close     file; the last reference is gone; task is who closed it, None when it went with its process
 ========  ==================================================================================================
 
 ``error`` is a KernelError or None; ``us`` (a float) may be added to each; missing fields count as zero or empty. Other
-names are events of the engine, not calls, and give no record.
+names are events of the engine, not calls, and give no record. ``refused`` (task, call, error) is a call that failed
+without having reached a file: it is explained and not traced.
 """
 
 from __future__ import annotations
@@ -33,6 +34,8 @@ def record_event(name: str, fields: dict[str, Any], files: Files) -> Record | No
         return None
     record = Record(name)
     who(record, fields.get("task"))
+    if name == "open":
+        record.fd = None
     file = fields.get("file")
     if file is not None:
         record.file = files.number(file)

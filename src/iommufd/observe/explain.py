@@ -13,11 +13,11 @@ from iommufd.engine.instrument import Instrument
 from iommufd.observe import capture
 from iommufd.observe.events import record_event
 from iommufd.observe.format import show_call, struct_of
+from iommufd.observe.record import Record
 
 if TYPE_CHECKING:
     from iommufd.engine.dispatch import Call
     from iommufd.errors import KernelError
-    from iommufd.observe.record import Record
 
 PREFIX = "iommufd: "
 
@@ -44,10 +44,15 @@ class Explain(Instrument):
         self._write(record)
 
     def event(self, name: str, **fields: Any) -> None:
-        if fields.get("error") is None or self._broken:
+        error = fields.get("error")
+        if error is None or self._broken:
             return
-        record = record_event(name, fields, self._files)
-        if record is not None:
+        if name == "refused":
+            refused = Record(fields["call"])
+            capture.who(refused, fields["task"])
+            capture.outcome(refused, -1, error)
+            self._write(refused)
+        elif (record := record_event(name, fields, self._files)) is not None:
             self._write(record)
 
     def _write(self, record: Record) -> None:

@@ -149,7 +149,7 @@ def show_file(record: Record) -> str:
 def show_call(record: Record) -> str:
     """The whole line, without newline: call, arguments, result and, behind ``#``, why."""
     show = _ARGUMENTS.get(record.call)
-    arguments = show(record) if show is not None else ""
+    arguments = show(record) if show is not None else "..." if record.fd is None else f"{record.fd}, ..."
     text = f"{record.call}({arguments}) = {_show_result(record)}"
     return f"{text}  # {' '.join(record.why.split())}" if record.why else text
 

@@ -106,24 +106,7 @@ def _told(call: Callable[[], int | Pending], tell: Tell) -> int | Pending:
     if not isinstance(result, Pending):
         tell(result, None)
         return result
-    return _told_later(result, tell)
-
-
-def _told_later(inner: Pending, tell: Tell) -> Pending:
-    """A Pending for the projector, completed after the telling."""
-    outer = Pending(inner.drop)
-
-    def done(answered: Pending) -> None:
-        if answered.error is not None:
-            tell(-1, answered.error)
-            outer.fail(answered.error)
-        else:
-            assert answered.result is not None
-            tell(answered.result, None)
-            outer.finish(answered.result)
-
-    inner.then(done)
-    return outer
+    return result.watched(lambda answer: tell(-1 if answer.result is None else answer.result, answer.error))
 
 
 def _argument_size(cmd: int, kind: str) -> int:

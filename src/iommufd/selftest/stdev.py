@@ -106,7 +106,7 @@ def pasid_check_hwpt(call: Call, cmd: t.test_pasid_check_hwpt) -> None:
         return
     hwpt = call.get_any(cmd.hwpt_id)  # row 3
     if not isinstance(hwpt, Hwpt):  # row 4
-        raise KernelError(errno.EINVAL, f"id {cmd.hwpt_id} is a {hwpt.kind}, not a HWPT")
+        raise KernelError(errno.EINVAL, f"id {cmd.hwpt_id} is of type {hwpt.kind}, not an HWPT")
     if attached is not hwpt:  # row 5
         found = "nothing" if attached is None else f"HWPT {attached.id}"
         raise KernelError(errno.EINVAL, f"PASID {cmd.pasid} is attached to {found}, not to HWPT {hwpt.id}")

@@ -39,6 +39,11 @@ Release = tuple[int, ...]
 Symbols = type[IntEnum] | type[IntFlag]
 
 
+def show_release(release: Release) -> str:
+    """``"6.6"`` for (6, 6)."""
+    return ".".join(map(str, release))
+
+
 def release(text: str) -> Release:
     """``"6.18.3"`` or ``"7.3.4-rc1+"`` as a tuple of its leading numbers; ValueError when there are none."""
     match = re.match(r"\d+(\.\d+)*", text)

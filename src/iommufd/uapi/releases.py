@@ -26,7 +26,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from iommufd.uapi.declare import Release
+from iommufd.uapi.declare import Release, show_release
 
 # Values younger than the enum or flag set they belong to; a value not named here came with its enum.
 VALUES: dict[str, Release] = {
@@ -57,6 +57,11 @@ VALUES: dict[str, Release] = {
     "VFIO_DEVICE_ATTACH_PASID": (6, 15),
     "VFIO_DEVICE_DETACH_PASID": (6, 15),
 }
+
+
+def why_not_there(name: str, at: Release) -> str:
+    """The sentence for a value that release ``at`` did not have yet."""
+    return f"{name} came with Linux {show_release(VALUES[name])}; this machine is Linux {show_release(at)}"
 
 
 def later(names: Iterable[str], at: Release) -> tuple[str, ...]:
