@@ -327,7 +327,9 @@ class Machine:
 
     def _open_vfio(self, task: Task | None, flags: int) -> File:
         """core 1.1: the container path gives an iommufd context that accounts in MM mode."""
-        return self._context(Mode.MM, task, flags)
+        context = self._context(Mode.MM, task, flags)
+        context.link = "/dev/vfio/vfio"
+        return context
 
     def _context(self, account_mode: Mode, task: Task | None, flags: int) -> Context:
         context = _MachineContext(self, account_mode, flags & 3, task.tid if task is not None else 0)

@@ -43,6 +43,7 @@ class SoftwareBackend:
         self.owner = OwnProcess(machine.world.physical)
         self.descriptors = Descriptors()
         self._files = self.descriptors.files
+        self._instruments = machine.world.instruments
         self._task = task_class(self.owner, self.descriptors)
         _alive.add(self)
 
@@ -59,9 +60,23 @@ class SoftwareBackend:
             file = self.machine.open(path, self.task(), flags)
             if file is None:
                 raise KernelError(errno.ENOENT, f"machine {self.machine.name} has no {path}")
-            return self.descriptors.add(file)
+            fd = self.descriptors.add(file)
         except KernelError as error:
+            self._tell("open", path=path, flags=flags, result=-1, error=error)
             raise _os_error(error) from None
+        self._tell("open", path=path, flags=flags, file=file, result=fd)
+        return fd
+
+    def _tell(self, name: str, **fields: object) -> None:
+        world = self.machine.world
+        if world.instruments:
+            world.event(name, task=self.task(), **fields)
+
+    def _watched(self, fd: int, buffer: bytearray | None) -> OwnTask:
+        """The task of a call that somebody watches."""
+        task = self.task(buffer)
+        task.fd = fd
+        return task
 
     def _file(self, fd: int) -> File:
         self.owner.check()
@@ -73,7 +88,12 @@ class SoftwareBackend:
     def ioctl(self, fd: int, cmd: int, arg: bytearray | int) -> int:
         file = self._files.get(fd) or self._file(fd)
         try:
-            if isinstance(arg, int):
+            if self._instruments:
+                from iommufd.observe import watch
+
+                buffer, addr = (None, arg & 0xFFFF_FFFF_FFFF_FFFF) if isinstance(arg, int) else (arg, STRUCT)
+                result = watch.ioctl(self.machine.world, file, self._watched(fd, buffer), cmd, addr)
+            elif isinstance(arg, int):
                 result = file.ioctl(self.task(), cmd, arg & 0xFFFF_FFFF_FFFF_FFFF)
             else:
                 result = file.ioctl(self._task(arg), cmd, STRUCT)
@@ -85,7 +105,12 @@ class SoftwareBackend:
         file = self._files.get(fd) or self._file(fd)
         buffer = bytearray(count)
         try:
-            got = file.read(self.task(buffer), STRUCT, count, offset)
+            if self._instruments:
+                from iommufd.observe import watch
+
+                got = watch.read(self.machine.world, file, self._watched(fd, buffer), STRUCT, count, offset)
+            else:
+                got = file.read(self.task(buffer), STRUCT, count, offset)
         except KernelError as error:
             raise _os_error(error) from None
         return bytes(buffer[: got if isinstance(got, int) else _wait(got)])
@@ -93,7 +118,13 @@ class SoftwareBackend:
     def write(self, fd: int, data: bytes, offset: int | None = None) -> int:
         file = self._files.get(fd) or self._file(fd)
         try:
-            done = file.write(self.task(bytearray(data)), STRUCT, len(data), offset)
+            if self._instruments:
+                from iommufd.observe import watch
+
+                task = self._watched(fd, bytearray(data))
+                done = watch.write(self.machine.world, file, task, STRUCT, len(data), offset)
+            else:
+                done = file.write(self.task(bytearray(data)), STRUCT, len(data), offset)
         except KernelError as error:
             raise _os_error(error) from None
         return done if isinstance(done, int) else _wait(done)
@@ -112,7 +143,14 @@ class SoftwareBackend:
         file = self._files.get(fd) or self._file(fd)
         length = -(-length // 4096) * 4096
         try:
-            memory, where = file.mmap(self.task(), offset, length, prot, bool(flags & _mmap.MAP_SHARED))
+            shared = bool(flags & _mmap.MAP_SHARED)
+            if self._instruments:
+                from iommufd.observe import watch
+
+                task = self._watched(fd, None)
+                memory, where = watch.mmap(self.machine.world, file, task, offset, length, prot, shared)
+            else:
+                memory, where = file.mmap(self.task(), offset, length, prot, shared)
         except KernelError as error:
             raise _os_error(error) from None
         try:
@@ -130,8 +168,11 @@ class SoftwareBackend:
 
     def close(self, fd: int) -> None:
         self.owner.check()
-        if not self.descriptors.close(fd):
+        file = self.descriptors.find(fd)
+        if file is None or not self.descriptors.close(fd):
             raise IommufdError(errno.EBADF, f"descriptor {fd} is not one of this machine's")
+        if self._instruments and not file.references:
+            self.machine.world.event("close", task=self._watched(fd, None), file=file)
 
     def fileno(self, fd: int) -> int:
         return fd

@@ -74,13 +74,15 @@ _unused = [_CapGet()]
 
 
 class OwnTask:
-    """The calling thread for one call; ``buffer`` is the ioctl's struct, or None. See engine.task.Task.
+    """The calling thread for one call; ``buffer`` is the ioctl's struct, or None; ``fd`` the descriptor, set only
+    while somebody watches. See engine.task.Task.
 
     What all calls of a backend share belongs to a class of its own, made by :func:`task_class`, so that a call costs
     one small object."""
 
-    __slots__ = ("buffer",)
+    __slots__ = ("buffer", "fd")
 
+    fd: int
     space: AddressSpace
     process: Process
     _owner: OwnProcess
