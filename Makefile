@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV   := .venv/bin
 ARGS   ?=
 
-.PHONY: setup demo test lint bench conformance oracle
+.PHONY: setup demo test stress lint bench conformance oracle
 .DEFAULT_GOAL := setup
 
 setup: .venv/stamp               # the development environment, in .venv
@@ -14,7 +14,10 @@ demo: setup                      # an unmodified program on a software /dev/iomm
 	@$(VENV)/python examples/demo.py $(ARGS)
 
 test: setup                      # all tests that need no kernel tree, no compiler, no root
-	@$(VENV)/python -m pytest -n auto -q -m "not oracle" $(ARGS)
+	@$(VENV)/python -m pytest -n auto -q -m "not oracle and not slow" $(ARGS)
+
+stress: setup                    # the tests that take long: threads race everything for a minute
+	@$(VENV)/python -m pytest -q -m "slow and not oracle" $(ARGS)
 
 lint: setup                      # style, types, and which room imports which
 	@status=0; for check in "ruff check" mypy "lint-imports --no-logo"; do $(VENV)/$$check || status=1; done; exit $$status
