@@ -68,8 +68,8 @@ def test_a_closed_machine_opens_nothing() -> None:
 def test_presets(name: str) -> None:
     machine = preset(name)
     assert machine.name == name
-    assert ("mock" in name or "edu" in name) == machine.world.test_build
-    assert bool(machine.world.defects) == ("@" in name)
+    assert machine.world.test_build == ("mock" in name or "edu" in name)
+    assert bool(machine.world.defects) == ("@" in name or "edu" in name)  # what the oracle's kernel has is like it
     assert PRESETS[name].summary
 
 

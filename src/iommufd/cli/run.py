@@ -136,11 +136,11 @@ def main(argv: Sequence[str]) -> int:
         return error.code
     finally:
         machine.close()
-        if trace is not None:
-            trace.close()
+        if trace is not None and (reason := trace.close()) is not None:
+            say(f"the trace in {options.trace!r} is not whole: {reason}")
     for text, rule in zip(options.fail, rules, strict=True):
         if not rule.hits:
-            say(f"--fail {text} never fired: {rule.count} occurrences")
+            say(f"--fail {text} never fired: {rule.count} occurrence{'' if rule.count == 1 else 's'}")
     if options.check and (leaks := machine.leaks()):
         for leak in leaks:
             say(f"left behind: {leak}")

@@ -236,11 +236,13 @@ class TraceWriter(Instrument):
             except (OSError, ValueError) as error:
                 self.dropped = str(error)
 
-    def close(self) -> None:
-        """Everything written reaches the file; later calls are not recorded."""
+    def close(self) -> str | None:
+        """Everything written reaches the file; later calls are not recorded. Returns why the trace is not whole."""
         with self._lock:
             try:
                 self._stream.close()
             except OSError as error:
                 self.dropped = self.dropped or str(error)
-            self.dropped = self.dropped or "closed"
+            failed = self.dropped
+            self.dropped = failed or "closed"
+            return failed
