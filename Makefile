@@ -30,3 +30,6 @@ conformance: setup               # the kernel's own selftest programs, through `
 
 oracle: setup                    # the conformance checks on a real kernel, in an emulated VM
 	@$(VENV)/python -m tools.oracle test $(ARGS)
+
+oracle-fuzz: setup               # random programs on the real kernel and on the software, answer by answer
+	@$(VENV)/python -m tools.fuzz $(or $(SEEDS),0-1999) $(ARGS)

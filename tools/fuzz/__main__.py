@@ -28,6 +28,7 @@ from tools.fuzz.stage import play
 
 HERE = Path(__file__).resolve().parent
 BATCH = 2000  # programs of one run of the VM
+_PLAYER = ("{out}/player", "{out}/programs")
 
 
 def build_player(folder: Path) -> Path:
@@ -46,23 +47,20 @@ def on_kernel(programs: Sequence[Program], out: Path) -> dict[int, list[str]]:
 
 
 def through_the_door(programs: Sequence[Program], out: Path) -> dict[int, list[str]]:
-    """The answers of the same player as an unmodified program under ``iommufd run``."""
-    (out / "programs").write_bytes(encode(programs))
-    command = [
-        sys.executable,
-        "-m",
-        "iommufd",
-        "run",
-        "--machine",
-        "mock@7.3.4",
-        "--",
-        str(out / "player"),
-        str(out / "programs"),
-    ]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(f"oracle-fuzz: iommufd run ended with {done.returncode}: {done.stderr[-500:]}")
-    return answers(done.stdout)
+    """The answers of the same player as an unmodified program under ``iommufd run``.
+
+    Programs that begin as root does on the kernel are granted what this host's root may lack."""
+    found: dict[int, list[str]] = {}
+    for limited in (False, True):
+        (out / "programs").write_bytes(encode([program for program in programs if program.limited is limited]))
+        command = [sys.executable, "-m", "iommufd", "run", "--machine", "mock@7.3.4"]
+        command += ["--", *_PLAYER] if limited else ["--grant", "all", "--", *_PLAYER]
+        words = [word.format(out=out) for word in command]
+        done = subprocess.run(words, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise SystemExit(f"oracle-fuzz: iommufd run ended with {done.returncode}: {done.stderr[-500:]}")
+        found.update(answers(done.stdout))
+    return found
 
 
 def first_difference(kernel: Sequence[str], software: Sequence[str]) -> int | None:

@@ -20,6 +20,7 @@ from tools.fuzz.program import (
     ARENA,
     CLOSE,
     IOCTL,
+    LIMIT,
     MEMFD,
     MMAP,
     MPROTECT,
@@ -171,6 +172,8 @@ class Author:
 
     def run(self) -> Program:
         try:
+            if self.theme == "limited":
+                self.write(Step(LIMIT, numbers=(self.r.choice((0, 1, 2, 4, 16)),)))
             self.write(Step(OPEN, 0))
             self.preamble()
             if self.chance(0.3):
@@ -237,6 +240,21 @@ class Author:
             self.ask(t.test_create_access(id=1, flags=1), out=(ACCESSES[0], 16))
         elif self.theme == "vfio":
             self.ask(u.iommu_vfio_ioas(op=1, ioas_id=1))
+        elif self.theme == "crowd":
+            self.crowd(rw)
+
+    def crowd(self, rw: int) -> None:
+        """More than a hundred touching areas, each with a pin of its own, unmapped at once (core 4.12 d)."""
+        self.ask(t.test_create_access(id=1, flags=1), out=(ACCESSES[0], 16))
+        at = t.MOCK_APERTURE_START
+        count = self.r.choice((99, 101, 103))
+        for i in range(count):
+            va = ARENA + i * PAGE
+            self.write(ioctl_of(u.iommu_ioas_map(flags=rw, ioas_id=1, user_va=va, length=PAGE, iova=at + i * PAGE)))
+            pin = t.test_access_pages(iova=at + i * PAGE, length=PAGE)
+            self.write(ioctl_of(pin, patches=((8, ACCESSES[0]),)))
+        self.write(ioctl_of(u.iommu_ioas_unmap(ioas_id=1, iova=at, length=count * PAGE)))
+        self.length += 2 * count
 
     def ioas_alloc(self) -> None:
         self.ask(u.iommu_ioas_alloc(flags=self.wrong(0, 1, 2**31)))
@@ -672,6 +690,18 @@ class Author:
         else:
             self.write(Step(IOCTL, self.slot, cmd=0x3B66, address=self.r.choice((1, 3, 8, 2))))
 
+    def noiommu_pa(self) -> None:
+        ioas, iova, length = self.mapped()
+        self.ask(
+            u.iommu_ioas_noiommu_get_pa(
+                flags=self.wrong(0, 1),
+                ioas_id=ioas,
+                reserved=self.wrong(0, 1),
+                iova=self.wrong(iova, ULMAX),
+                length=self.wrong(length, 0),
+            )
+        )
+
     def raw(self, cmd: int, data: bytes) -> None:
         self.write(Step(IOCTL, self.slot, cmd=cmd, data=data))
 
@@ -687,8 +717,14 @@ class Author:
             self.write(Step(CLOSE, self.r.choice(used)))
 
 
+def ioctl_of(value: Struct, patches: tuple[tuple[int, int], ...] = ()) -> Step:
+    """The step that asks ``value`` of the context in slot 0, exactly so."""
+    return Step(IOCTL, 0, cmd=number_of(value), data=filled(value).pack(), patches=patches)
+
+
 # how often each call is made
 _WEIGHTS = {
+    "noiommu_pa": 1,
     "ioas_alloc": 3,
     "destroy": 8,
     "map": 20,
@@ -736,6 +772,8 @@ _PREAMBLES: dict[str, tuple[str, ...]] = {
     "fault": ("trigger", "queue_io", "fault_alloc", "replace", "pasid"),
     "access": ("access_pages", "access_rw", "access_other", "unmap"),
     "vfio": ("vfio",),
+    "limited": ("map", "access_pages", "hwpt_alloc", "mock_domain", "option", "noiommu_pa"),
+    "crowd": ("unmap", "access_pages"),
 }
 
 

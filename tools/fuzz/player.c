@@ -15,9 +15,12 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <linux/capability.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
+#include <sys/resource.h>
 #include <sys/stat.h>
+#include <sys/syscall.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -26,7 +29,7 @@
 #define SCRATCH (ARENA + PAGES * 4096ULL) /* structs are put here, behind the pages a program may map */
 #define SLOTS 64
 
-enum { IOCTL, OPEN, CLOSE, READ, WRITE, POLL, POKE, PEEK, MMAP, MUNMAP, MPROTECT, MEMFD };
+enum { IOCTL, OPEN, CLOSE, READ, WRITE, POLL, POKE, PEEK, MMAP, MUNMAP, MPROTECT, MEMFD, LIMIT };
 
 static const unsigned char *at;
 static int slots[SLOTS];
@@ -129,6 +132,17 @@ static void step_ioctl(void)
 	hex(data, length);
 }
 
+/* From here on an ordinary user's lot: no capabilities, and so much memory to lock. */
+static void limit(unsigned pages)
+{
+	struct rlimit memory = { pages * 4096UL, pages * 4096UL };
+	struct __user_cap_header_struct head = { _LINUX_CAPABILITY_VERSION_3, 0 };
+	struct __user_cap_data_struct none[2] = { 0 };
+
+	setrlimit(RLIMIT_MEMLOCK, &memory);
+	syscall(SYS_capset, &head, none);
+}
+
 static void step(void)
 {
 	static unsigned char buffer[65536];
@@ -205,6 +219,9 @@ static void step(void)
 		slot = u8();
 		slots[slot] = memfd_create("fuzz", MFD_CLOEXEC);
 		answer(ftruncate(slots[slot], u16() * 4096L));
+		break;
+	case LIMIT:
+		limit(u16());
 		break;
 	}
 }

@@ -16,8 +16,22 @@ ARENA = 0x1000_0000_0000
 PAGES = 256
 PAGE = 4096
 MAGIC = b"IOMMUFZ1"
-IOCTL, OPEN, CLOSE, READ, WRITE, POLL, POKE, PEEK, MMAP, MUNMAP, MPROTECT, MEMFD = range(12)
-NAMES = ("ioctl", "open", "close", "read", "write", "poll", "poke", "peek", "mmap", "munmap", "mprotect", "memfd")
+IOCTL, OPEN, CLOSE, READ, WRITE, POLL, POKE, PEEK, MMAP, MUNMAP, MPROTECT, MEMFD, LIMIT = range(13)
+NAMES = (
+    "ioctl",
+    "open",
+    "close",
+    "read",
+    "write",
+    "poll",
+    "poke",
+    "peek",
+    "mmap",
+    "munmap",
+    "mprotect",
+    "memfd",
+    "limit",
+)
 
 
 @dataclass(frozen=True)
@@ -58,6 +72,8 @@ class Step:
             return head + struct.pack("<QH", *self.numbers)
         if self.kind == MEMFD:
             return head + struct.pack("<BH", self.slot, self.numbers[0])
+        if self.kind == LIMIT:
+            return head + struct.pack("<H", self.numbers[0])
         return head + bytes(self.numbers)
 
     def __str__(self) -> str:
@@ -71,6 +87,11 @@ class Step:
 class Program:
     seed: int
     steps: list[Step] = field(default_factory=list)
+
+    @property
+    def limited(self) -> bool:
+        """Whether it is an ordinary user's: it begins with LIMIT."""
+        return bool(self.steps) and self.steps[0].kind == LIMIT
 
     def encode(self) -> bytes:
         body = b"".join(step.encode() for step in self.steps)

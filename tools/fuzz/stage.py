@@ -13,6 +13,7 @@ from tools.fuzz.program import (
     ARENA,
     CLOSE,
     IOCTL,
+    LIMIT,
     MEMFD,
     MPROTECT,
     MUNMAP,
@@ -108,6 +109,12 @@ class Stage:
             return ""
         if step.kind == PEEK:
             return " " + ctypes.string_at(*step.numbers).hex()
+        if step.kind == LIMIT:
+            owner = self.backend.owner
+            owner.pretended = 0
+            limit = step.numbers[0] * PAGE
+            owner.process.use_limit(lambda _: limit)
+            return ""
         if step.kind == MEMFD:
             self.slots[step.slot] = os.memfd_create("fuzz", os.MFD_CLOEXEC)
             self._own.add(self.slots[step.slot])

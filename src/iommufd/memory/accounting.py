@@ -74,6 +74,10 @@ class Process:
         self._known: int | None = 0
         self.memlock_limit()
 
+    def use_limit(self, limit: Callable[[int], int | None]) -> None:
+        """Reads RLIMIT_MEMLOCK with ``limit`` from now on (for tests)."""
+        self._limit = limit
+
     def memlock_limit(self) -> int | None:
         """RLIMIT_MEMLOCK in bytes, None for infinite: now, or as last seen when the process has exited."""
         with contextlib.suppress(OSError, ValueError):
