@@ -1,4 +1,4 @@
-"""Starting, ending and signalling the program: exit codes as env(1) has them, and nothing left behind (issue: 4, 5)."""
+"""Starting, ending and signalling the program: exit codes as env(1) has them, and nothing left behind."""
 
 from __future__ import annotations
 
