@@ -118,7 +118,8 @@ class Call:
         self.undo = (*self.undo, undo)
 
     def respond(self) -> None:
-        """Writes min(size, full) bytes of the struct back (core 1.5); EFAULT if that fails."""
+        """Writes min(size, full) bytes of the struct back (core 1.5) before the handler is done; EFAULT if that
+        fails."""
         row = self.row
         assert row is not None
         data = self.cmd.pack()
@@ -217,7 +218,8 @@ def _run(call: Call, world: World, task: Task, number: int, arg: int) -> int | P
     try:
         result = row.handler(call)  # row 8
         if row.on_success:
-            call.respond()
+            data = call.cmd.pack()
+            task.write(arg, data if want == len(data) else data[:want])  # core 1.5: min(size, full) bytes
     except BaseException:  # row 9, in reverse; whatever went wrong, nothing half-made stays
         _abort(call)
         raise
@@ -230,8 +232,11 @@ def _run(call: Call, world: World, task: Task, number: int, arg: int) -> int | P
             for obj in call.new:
                 call.context.objects.publish(obj)
             world.wake()  # an unbind may wait for the vDEVICE it must take along
-    if call.held:
-        _release(call)
+    held = call.held
+    if held:
+        put = call.context.objects.put
+        for obj in held:
+            put(obj)
     return 0 if result is None else result
 
 
@@ -242,12 +247,6 @@ def _why_not_there(number: int, kernel: tuple[int, int]) -> str:
     return f"{command.name} came with Linux {show_release(command.since)}; this machine is Linux {show_release(kernel)}"
 
 
-def _release(call: Call) -> None:
-    put = call.context.objects.put
-    for obj in reversed(call.held):
-        put(obj)
-
-
 def _abort(call: Call) -> None:
     for fd, file in reversed(call.new_file):
         call.task.release_fd(fd)
@@ -256,4 +255,5 @@ def _abort(call: Call) -> None:
         undo()
     for obj in reversed(call.new):
         call.context.objects.abort(obj)
-    _release(call)
+    for held in call.held:
+        call.context.objects.put(held)

@@ -98,7 +98,7 @@ class IntervalIndex(Generic[V]):
     Not locked: the owner serialises. An iterator must not be used any more once the index was changed.
     """
 
-    __slots__ = ("_groups", "_heads", "_peaks", "_size", "_tops")
+    __slots__ = ("_groups", "_heads", "_peaks", "_size", "_spare", "_tops")
 
     def __init__(self) -> None:
         self._groups: list[_Group[V]] = []
@@ -106,6 +106,7 @@ class IntervalIndex(Generic[V]):
         self._tops: list[int] = []
         self._peaks: list[int] | None = None  # made when needed
         self._size = 0
+        self._spare: _Group[V] | None = None  # of the last interval that went: one block, without an interval
 
     # ---------------------------------------------------------------------------------------------------- looking up
 
@@ -247,13 +248,10 @@ class IntervalIndex(Generic[V]):
             if last < first or (heads and heads[0] <= last):
                 raise ValueError(f"[{first:#x}, {last:#x}] is empty or overlaps")
             if not heads:
-                group: _Group[V] = _Group()
-                group.insert_block(0, array("Q", (first,)), array("Q", (first,)), [value], last, first)
-                self._insert_group(0, group, first)
-                self._size = 1
+                self._insert_only(first, last, value)
                 return
             g, b, i, gap = 0, 0, 0, first
-            group = self._groups[0]
+            group: _Group[V] = self._groups[0]
             firsts, gaps = group.firsts[0], group.gaps[0]
             gaps[0] = firsts[0] - last - 1
             group.mins[0] = heads[0] = first
@@ -325,9 +323,33 @@ class IntervalIndex(Generic[V]):
             group.mins[b] = firsts[0]
             if b == 0:
                 self._heads[g] = firsts[0]
-        if len(firsts) < LOAD // 4:
+        if not self._size:
+            self._spare = group
+            self._groups.clear()
+            self._tops.clear()
+            del self._heads[:]
+            self._peaks = None
+        elif len(firsts) < LOAD // 4:
             self._shrink(g, b)
         return value
+
+    def _insert_only(self, first: int, last: int, value: V) -> None:
+        """The first interval of an empty index. One that comes and goes alone finds its rows where it left them."""
+        group = self._spare
+        if group is None:
+            group = _Group()
+            group.insert_block(0, array("Q", (first,)), array("Q", (first,)), [value], last, first)
+        else:
+            self._spare = None
+            group.mins[0] = group.tops[0] = first
+            group.ends[0] = last
+            group.firsts[0].append(first)
+            group.gaps[0].append(first)
+            group.values[0].append(value)
+        self._groups.append(group)
+        self._heads.append(first)
+        self._tops.append(first)
+        self._size = 1
 
     def replace(self, first: int, value: V) -> None:
         """Gives the interval that begins at ``first`` another value. KeyError when there is none."""

@@ -65,8 +65,9 @@ class _CapGet:
 
     def __init__(self) -> None:
         self.header = _CapHeader(0x20080522, 0)
-        self.data = (ctypes.c_uint32 * 6)()
-        self.arguments = ctypes.byref(self.header), ctypes.byref(self.data)
+        memory = (ctypes.c_uint32 * 6)()
+        self.data = memoryview(memory).cast("B").cast("I")
+        self.arguments = ctypes.byref(self.header), ctypes.byref(memory)
 
 
 _capget = ctypes.PyDLL(None).capget  # so short a call is not worth giving up the GIL
@@ -125,6 +126,9 @@ class OwnTask:
         return self._owner.host.write(addr, data) if len(data) else 0
 
     def write(self, addr: int, data: bytes | bytearray | memoryview) -> None:
+        if addr == STRUCT and self.buffer is not None and len(data) <= len(self.buffer):
+            self.buffer[: len(data)] = data
+            return
         done = self.write_upto(addr, data)
         if done != len(data):
             raise KernelError(errno.EFAULT, f"only {done} of {len(data)} bytes at {addr:#x} can be written")
