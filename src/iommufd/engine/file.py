@@ -108,6 +108,15 @@ class File:
         with self._reference_lock:
             self.references += 1
 
+    def hold(self) -> bool:
+        """One more reference unless the last one went already, as it may when another thread closes the descriptor
+        that a call was made with; whether there is one."""
+        with self._reference_lock:
+            if self.references <= 0:
+                return False
+            self.references += 1
+            return True
+
     def put(self) -> None:
         """One reference less; the last one runs :meth:`release`."""
         with self._reference_lock:

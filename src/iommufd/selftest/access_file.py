@@ -131,8 +131,7 @@ def access_file(call: Call, fd: int) -> AccessFile:
         file = call.task.file(fd if fd < 2**31 else fd - 2**32)
     except KernelError as error:
         raise KernelError(errno.EBADFD, error.why) from None
-    if isinstance(file, AccessFile):
-        file.get()
+    if isinstance(file, AccessFile) and file.hold():
         return file
     if not isinstance(file, File):
         file.close()

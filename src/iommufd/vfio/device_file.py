@@ -310,8 +310,7 @@ class DeviceFile(File):
 def context_of(task: Task, fd: int) -> Context:
     """devices.md 1.5: the iommufd context behind a descriptor, with one more reference. EBADF, EBADFD."""
     file = task.file(fd)
-    if isinstance(file, Context):
-        file.get()
+    if isinstance(file, Context) and file.hold():
         return file
     if not isinstance(file, File):
         file.close()

@@ -79,14 +79,22 @@ class SoftwareBackend:
         return task
 
     def _file(self, fd: int) -> File:
-        self.owner.check()
-        file = self.descriptors.find(fd)
+        """The file behind ``fd``, held for one call: another thread may close it meanwhile."""
+        file = self._files.get(fd)
         if file is None:
+            self.owner.check()
+            file = self.descriptors.find(fd)
+        if file is None or not file.hold():
             raise IommufdError(errno.EBADF, f"descriptor {fd} is not one of this machine's")
         return file
 
+    def _done(self, file: File) -> None:
+        file.put()
+        if not file.references:
+            self.descriptors.drop_memory(file)
+
     def ioctl(self, fd: int, cmd: int, arg: bytearray | int) -> int:
-        file = self._files.get(fd) or self._file(fd)
+        file = self._file(fd)
         try:
             if self._instruments:
                 from iommufd.observe import watch
@@ -97,12 +105,14 @@ class SoftwareBackend:
                 result = file.ioctl(self.task(), cmd, arg & 0xFFFF_FFFF_FFFF_FFFF)
             else:
                 result = file.ioctl(self._task(arg), cmd, STRUCT)
+            return result if isinstance(result, int) else _wait(result)
         except KernelError as error:
             raise _os_error(error) from None
-        return result if isinstance(result, int) else _wait(result)
+        finally:
+            self._done(file)
 
     def read(self, fd: int, count: int, offset: int | None = None) -> bytes:
-        file = self._files.get(fd) or self._file(fd)
+        file = self._file(fd)
         buffer = bytearray(count)
         try:
             if self._instruments:
@@ -111,12 +121,14 @@ class SoftwareBackend:
                 got = watch.read(self.machine.world, file, self._watched(fd, buffer), STRUCT, count, offset)
             else:
                 got = file.read(self.task(buffer), STRUCT, count, offset)
+            return bytes(buffer[: got if isinstance(got, int) else _wait(got)])
         except KernelError as error:
             raise _os_error(error) from None
-        return bytes(buffer[: got if isinstance(got, int) else _wait(got)])
+        finally:
+            self._done(file)
 
     def write(self, fd: int, data: bytes, offset: int | None = None) -> int:
-        file = self._files.get(fd) or self._file(fd)
+        file = self._file(fd)
         try:
             if self._instruments:
                 from iommufd.observe import watch
@@ -125,22 +137,27 @@ class SoftwareBackend:
                 done = watch.write(self.machine.world, file, task, STRUCT, len(data), offset)
             else:
                 done = file.write(self.task(bytearray(data)), STRUCT, len(data), offset)
+            return done if isinstance(done, int) else _wait(done)
         except KernelError as error:
             raise _os_error(error) from None
-        return done if isinstance(done, int) else _wait(done)
+        finally:
+            self._done(file)
 
     def poll(self, fd: int, events: int, timeout: float | None) -> int:
-        file = self._files.get(fd) or self._file(fd)
-        ready = file.poll() & events
-        if ready or timeout == 0:
-            return ready
-        poller = select.poll()
-        poller.register(fd, events & ~(select.POLLOUT | select.POLLWRNORM) or events)
-        poller.poll(None if timeout is None else timeout * 1000)
-        return file.poll() & events
+        file = self._file(fd)
+        try:
+            ready = file.poll() & events
+            if ready or timeout == 0:
+                return ready
+            poller = select.poll()
+            poller.register(fd, events & ~(select.POLLOUT | select.POLLWRNORM) or events)
+            poller.poll(None if timeout is None else timeout * 1000)
+            return file.poll() & events
+        finally:
+            self._done(file)
 
     def mmap(self, fd: int, length: int, prot: int, flags: int, offset: int) -> memoryview:
-        file = self._files.get(fd) or self._file(fd)
+        file = self._file(fd)
         length = -(-length // 4096) * 4096
         try:
             shared = bool(flags & _mmap.MAP_SHARED)
@@ -153,6 +170,8 @@ class SoftwareBackend:
                 memory, where = file.mmap(self.task(), offset, length, prot, shared)
         except KernelError as error:
             raise _os_error(error) from None
+        finally:
+            self._done(file)
         try:
             mapping = _mmap.mmap(memory, length, flags=flags, prot=prot, offset=where)
         except BaseException:
