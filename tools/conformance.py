@@ -263,6 +263,7 @@ def run_all(options: argparse.Namespace, programs: dict[str, Path], stack: ExitS
     if not every:
         print(f"conformance: no case of fixture {', '.join(fixtures)} in {', '.join(programs)}", file=sys.stderr)
         return 2
+    programs = {name: path for name, path in programs.items() if order[name]}
     expected = {name: [case for case in names(_text(LISTS / f"passing-{name}.txt")) if not fixtures or case in every]
                 for name in programs}
     python, cwd, uid = Path(sys.executable), ROOT, None

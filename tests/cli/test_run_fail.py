@@ -29,7 +29,7 @@ def map_page():
 
 def _run(script: str, *options: str, code: int = 0) -> tuple[list[str], str]:
     """What the program printed, and what was said on standard error."""
-    command = [sys.executable, "-m", "iommufd", "run", *options, "--", sys.executable, "-c", PREAMBLE + script]
+    command = [sys.executable, "-m", "iommufd", "run", *options, "--", sys.executable, "-u", "-c", PREAMBLE + script]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == code, done
     return done.stdout.split(), done.stderr

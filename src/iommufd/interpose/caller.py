@@ -161,7 +161,7 @@ def say_unreadable(tid: int) -> None:
         with contextlib.suppress(OSError, ValueError):  # standard error may be closed
             print(
                 f"iommufd: the memory of process {tid} is not readable (a non-dumpable or unreadable binary needs a "
-                "supervisor run by root); its calls fail with EFAULT",
+                "supervisor run by root): it cannot open the machine's files, and calls on those it has are EFAULT",
                 file=sys.stderr,
                 flush=True,
             )

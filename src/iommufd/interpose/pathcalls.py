@@ -54,6 +54,11 @@ class PathOnly(File):
         raise KernelError(errno.EBADF, "the descriptor was opened with O_PATH")
 
 
+def unguarded(node: Node) -> bool:
+    """The machine's switches (fault injection, attributes that are written) are root's, and everybody is root there."""
+    return node.opener is not None and stat.S_ISREG(node.mode)
+
+
 class PathCalls:
     """Handlers of the path calls; each returns an answer or raises KernelError."""
 
@@ -160,7 +165,7 @@ class PathCalls:
             self._descriptors.give(task, self._carriers.make(PathOnly(path), path, os.O_PATH), cloexec)
             return ANSWERED
         wanted = (4, 2, 6, 6)[flags & os.O_ACCMODE]
-        if not status.allows(node.mode, wanted, thread.effective_uid()):
+        if not status.allows(node.mode, wanted, 0 if unguarded(node) else thread.effective_uid()):
             raise KernelError(errno.EACCES, f"{path} has mode {stat.S_IMODE(node.mode):o}")
         if node.opener is None:
             return self._open_text(trap, thread, node, flags)
@@ -319,6 +324,8 @@ class PathCalls:
             return PROCEED
         thread = self._processes.thread(trap.tid)
         uid = thread.effective_uid() if flags & AT_EACCESS else thread.real_uid()
+        if place.node is not None and unguarded(place.node):
+            uid = 0
         if not status.allows(found.mode, mode & 7, uid):
             raise KernelError(errno.EACCES, f"{place.path} has mode {stat.S_IMODE(found.mode):o}")
         return 0
