@@ -97,6 +97,12 @@ def test_releases_without_iommufd(kernel: str) -> None:
         preset("mock", kernel)
 
 
+@pytest.mark.parametrize("kernel", ["7.4", "9.9"])
+def test_releases_to_come(kernel: str) -> None:
+    with pytest.raises(ValueError, match=f"Linux {kernel} is newer than 7.3"):
+        preset("mock", kernel)
+
+
 @pytest.mark.parametrize("kernel", ["", "new", "-1"])
 def test_what_is_no_release(kernel: str) -> None:
     with pytest.raises(ValueError, match=r".+"):

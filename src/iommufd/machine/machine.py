@@ -34,6 +34,7 @@ from iommufd.machine.node import directory
 from iommufd.machine.rows import ENGINE_ROWS, RowOf
 from iommufd.memory.accounting import Mode
 from iommufd.uapi.declare import release as parse_release
+from iommufd.uapi.declare import show_release
 
 if TYPE_CHECKING:
     import os
@@ -70,7 +71,9 @@ def shown_release(kernel: object) -> tuple[int, int]:
     if not isinstance(kernel, tuple) or len(kernel) < 2 or not all(isinstance(part, int) for part in kernel):
         raise ValueError(f"a kernel release has at least two numbers, not {kernel!r}")
     if kernel[:2] < FIRST_RELEASE:
-        raise ValueError(f"Linux {'.'.join(map(str, kernel))} has no /dev/iommu; it came with 6.2")
+        raise ValueError(f"Linux {show_release(kernel)} has no /dev/iommu; it came with 6.2")
+    if kernel[:2] > LATEST:
+        raise ValueError(f"Linux {show_release(kernel)} is newer than {show_release(LATEST)}, the latest known here")
     return kernel[0], kernel[1]
 
 
@@ -374,7 +377,7 @@ class Machine:
         self.close()
 
     def __repr__(self) -> str:
-        release = ".".join(map(str, self.world.kernel))
+        release = show_release(self.world.kernel)
         return f"<Machine {self.name}, Linux {release}, {census.count(len(self._contexts), 'open context')}>"
 
 

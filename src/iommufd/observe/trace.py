@@ -19,6 +19,7 @@ from iommufd.observe import capture
 from iommufd.observe.events import record_event
 from iommufd.observe.format import command_of, decoded, struct_of
 from iommufd.observe.record import KINDS, Memory, NewFile, Record
+from iommufd.uapi.declare import show_release
 
 if TYPE_CHECKING:
     from iommufd.engine.dispatch import Call
@@ -139,7 +140,7 @@ def header(machine: str, kernel: Sequence[int], program: Sequence[str] = ()) -> 
         "iommufd": __version__,
         "started": round(time.time(), 6),
         "machine": machine,
-        "kernel": ".".join(map(str, kernel)),
+        "kernel": show_release(tuple(kernel)),
         "program": list(program),
     }
 
