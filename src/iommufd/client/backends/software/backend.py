@@ -7,6 +7,9 @@ Invariants:
   out.
 * Any thread may make any call. A forked child may make none: the machine is the parent's, and what the child has is a
   copy with other threads' locks in it. Every call there raises RuntimeError and touches nothing.
+* A call holds the file it was made on, as in a kernel: closing the descriptor meanwhile releases the file when the call
+  is over. The usual ioctl is too short for a counted reference: it is in ``_running`` from before it looks the file up,
+  so that a close either hides the file from it or sees it, and leaves the release to it (``_leaving``).
 * One backend a machine and process, because the process is one address space to the machine:
   :func:`~iommufd.client.backends.software.software` sees to it.
 """
@@ -45,6 +48,9 @@ class SoftwareBackend:
         self._files = self.descriptors.files
         self._instruments = machine.world.instruments
         self._task = task_class(self.owner, self.descriptors)
+        self._running: dict[OwnTask, int] = {}  # ioctls in flight, and on which number
+        self._leaving: list[tuple[set[OwnTask], File]] = []  # closed files, each held once until these calls are over
+        self._lock = threading.Lock()
         _alive.add(self)
 
     def __repr__(self) -> str:
@@ -94,21 +100,48 @@ class SoftwareBackend:
             self.descriptors.drop_memory(file)
 
     def ioctl(self, fd: int, cmd: int, arg: bytearray | int) -> int:
+        if self._instruments or type(arg) is not bytearray:
+            return self._ioctl(fd, cmd, arg)
+        task = self._task(arg)
+        running = self._running
+        running[task] = fd
+        try:
+            file = self._files.get(fd)
+            if file is not None:
+                result = file.ioctl(task, cmd, STRUCT)
+                return result if isinstance(result, int) else _wait(result)
+        except KernelError as error:
+            raise _os_error(error) from None
+        finally:
+            del running[task]
+            if self._leaving:
+                self._let_go()
+        return self._ioctl(fd, cmd, arg)
+
+    def _ioctl(self, fd: int, cmd: int, arg: bytearray | int) -> int:
+        """The same through a duplicate, with a number for a struct, or watched."""
         file = self._file(fd)
+        buffer, addr = (None, arg & 0xFFFF_FFFF_FFFF_FFFF) if isinstance(arg, int) else (arg, STRUCT)
         try:
             if self._instruments:
                 from iommufd.observe import watch
 
-                buffer, addr = (None, arg & 0xFFFF_FFFF_FFFF_FFFF) if isinstance(arg, int) else (arg, STRUCT)
                 result = watch.ioctl(self.machine.world, file, self._watched(fd, buffer), cmd, addr)
-            elif isinstance(arg, int):
-                result = file.ioctl(self.task(), cmd, arg & 0xFFFF_FFFF_FFFF_FFFF)
             else:
-                result = file.ioctl(self._task(arg), cmd, STRUCT)
+                result = file.ioctl(self._task(buffer), cmd, addr)
             return result if isinstance(result, int) else _wait(result)
         except KernelError as error:
             raise _os_error(error) from None
         finally:
+            self._done(file)
+
+    def _let_go(self) -> None:
+        """Releases the closed files whose last call is over."""
+        with self._lock:
+            over = [entry for entry in self._leaving if self._running.keys().isdisjoint(entry[0])]
+            for entry in over:
+                self._leaving.remove(entry)
+        for _, file in over:
             self._done(file)
 
     def read(self, fd: int, count: int, offset: int | None = None) -> bytes:
@@ -187,8 +220,16 @@ class SoftwareBackend:
 
     def close(self, fd: int) -> None:
         self.owner.check()
-        file = self.descriptors.find(fd)
-        if file is None or not self.descriptors.close(fd):
+        file = self._file(fd)
+        closed = self.descriptors.close(fd)
+        tasks = {task for task, number in list(self._running.items()) if number == fd}
+        if tasks:
+            with self._lock:
+                self._leaving.append((tasks, file))
+            self._let_go()
+        else:
+            self._done(file)
+        if not closed:
             raise IommufdError(errno.EBADF, f"descriptor {fd} is not one of this machine's")
         if self._instruments and not file.references:
             self.machine.world.event("close", task=self._watched(fd, None), file=file)
