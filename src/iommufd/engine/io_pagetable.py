@@ -128,6 +128,9 @@ class IOPagetable:
         """The mapping core (core 4.7): one area per piece, ``length`` bytes in all, at ``iova`` or where core 4.8 says.
 
         Returns the IOVA. ``prot`` is READ and WRITE. All or nothing. The caller holds a user of each piece's source."""
+        if len(pieces) == 1:
+            pages, start, _ = pieces[0]
+            return self.map_one(task, pages, start, length, iova, prot)
         world = self.world
         if world.fail is not None and world.fail(SLAB, task):  # row 1
             raise KernelError(errno.ENOMEM, "fault injection: no memory for an area")
@@ -135,57 +138,96 @@ class IOPagetable:
             if self.domains_sem.blocked or self.iova_sem.writer:
                 self.pass_placing()
             alignment = self.iova_alignment
-            if length % alignment or length == 0:  # row 2
-                raise KernelError(
-                    errno.EINVAL, f"the length {length:#x} is not a multiple of the IOVA alignment {alignment:#x}"
-                )
-            if iova is None:  # row 3a
-                pages, start, _ = pieces[0]
-                iova = auto_iova.choose(
-                    pages.base + start,
-                    length,
-                    alignment,
-                    self.allowed,
-                    self.reserved_union,
-                    self.areas.holes,
-                    world.huge_page_size,
-                )
-            else:  # row 3b
-                self._check_fixed(iova, length, alignment, len(pieces) > 1)
+            iova = self._choose(pieces[0][0].base + pieces[0][1], length, iova)  # rows 2-3
+            if self.areas.overlaps(iova, iova + length - 1):  # row 3b
+                raise KernelError(errno.EEXIST, self._overlap_sentence(iova, iova + length - 1))
             live = not self.domains
             at = iova
             new: list[Area] = []
             for pages, start, size in pieces:
                 if (prot & WRITE and not pages.writable) or (start & PAGE_OFFSET) % alignment:  # rows 4-5
-                    if self.areas.overlaps(iova, iova + length - 1):
-                        raise KernelError(errno.EEXIST, self._overlap_sentence(iova, iova + length - 1))
                     raise _piece_error(pages, start, prot, alignment)
                 # row 6 cannot happen: the whole range was checked, and a pages object ends below 2^64
                 new.append(Area(at, at + size - 1, pages if live else None, start, prot))
                 at += size
-            try:
-                for area in new:
-                    self.areas.insert(area.first, area.last, area)
-            except ValueError:  # row 3b, for a single piece
-                raise KernelError(errno.EEXIST, self._overlap_sentence(iova, iova + length - 1)) from None
+            for area in new:
+                self.areas.insert(area.first, area.last, area)
             for pages, _, _ in pieces:
                 if pages.source is not None:
                     pages.source.users += 1
             if live:
                 return iova
             self.domains_sem.readers += 1
-            alone = len(new) == 1 and not pages.busy
+        self._fill_several(task, new, [piece[0] for piece in pieces])
+        return iova
+
+    def map_one(self, task: Task | None, pages: Pages, start: int, length: int, iova: int | None, prot: int) -> int:
+        """:meth:`map_pages` of one piece, the usual case."""
+        world = self.world
+        if world.fail is not None and world.fail(SLAB, task):  # row 1
+            raise KernelError(errno.ENOMEM, "fault injection: no memory for an area")
+        with world.lock:
+            if self.domains_sem.blocked or self.iova_sem.writer:
+                self.pass_placing()
+            area = self.place(pages, start, length, iova, prot)
+            if pages.source is not None:
+                pages.source.users += 1
+            if not self.domains:
+                return area.first
+            self.domains_sem.readers += 1
+            alone = not pages.busy
             if alone:
                 pages.busy = True
         if alone:
             self._fill_one(task, area, pages)
         else:
-            self._fill_several(task, new, [piece[0] for piece in pieces])
-        return iova
+            self._fill_several(task, [area], [pages])
+        return area.first
 
-    def _check_fixed(self, iova: int, length: int, alignment: int, areas_too: bool) -> None:
-        """core 4.7 row 3b. Whether an area is there already, the index says when a single piece is put into it."""
+    def place(self, pages: Pages, start: int, length: int, iova: int | None, prot: int) -> Area:
+        """core 4.7 rows 2-6 for one piece: a new area, live at once if no domain is to be filled. Locked, and when
+        :meth:`pass_placing` lets pass."""
+        alignment = self.iova_alignment
+        if (
+            iova is None
+            or (iova | length) % alignment
+            or not length
+            or iova + length - 1 > ULMAX
+            or self.reserved_union.overlap(iova, iova + length - 1) is not None
+        ):
+            iova = self._choose(pages.base + start, length, iova)  # rows 2-3
         last = iova + length - 1
+        if (prot & WRITE and not pages.writable) or (start & PAGE_OFFSET) % alignment:  # rows 4-5
+            if self.areas.overlaps(iova, last):
+                raise KernelError(errno.EEXIST, self._overlap_sentence(iova, last))
+            raise _piece_error(pages, start, prot, alignment)
+        # row 6 cannot happen: the range was checked, and a pages object ends below 2^64
+        area = Area(iova, last, None if self.domains else pages, start, prot)
+        try:
+            self.areas.insert(iova, last, area)
+        except ValueError:  # row 3b
+            raise KernelError(errno.EEXIST, self._overlap_sentence(iova, last)) from None
+        return area
+
+    def _choose(self, addr: int, length: int, iova: int | None) -> int:
+        """core 4.7 rows 2 and 3: where ``length`` bytes of memory at ``addr`` go. Whether a fixed IOVA is taken already
+        (the last check of row 3b) is the caller's to find out."""
+        alignment = self.iova_alignment
+        if length % alignment or length == 0:  # row 2
+            raise KernelError(
+                errno.EINVAL, f"the length {length:#x} is not a multiple of the IOVA alignment {alignment:#x}"
+            )
+        if iova is None:  # row 3a
+            return auto_iova.choose(
+                addr,
+                length,
+                alignment,
+                self.allowed,
+                self.reserved_union,
+                self.areas.holes,
+                self.world.huge_page_size,
+            )
+        last = iova + length - 1  # row 3b
         if iova % alignment:
             raise KernelError(errno.EINVAL, f"IOVA {iova:#x} is not a multiple of the IOVA alignment {alignment:#x}")
         if last > ULMAX:
@@ -195,8 +237,7 @@ class IOPagetable:
             raise KernelError(
                 errno.EINVAL, f"IOVA [{iova:#x}, {last:#x}] overlaps the reserved range [{taken[0]:#x}, {taken[1]:#x}]"
             )
-        if areas_too and self.areas.overlaps(iova, last):
-            raise KernelError(errno.EEXIST, self._overlap_sentence(iova, last))
+        return iova
 
     def _overlap_sentence(self, first: int, last: int) -> str:
         found = self.areas.first_in(first, last)

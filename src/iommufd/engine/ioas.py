@@ -76,7 +76,7 @@ class IOAS(Object):
         start = va % PAGE_SIZE
         npages = (start + length + PAGE_SIZE - 1) >> PAGE_SHIFT
         pages = Pages(context.owner(task), va - start, npages, prot & WRITE != 0)
-        chosen = self.io_pagetable.map_pages(task, [(pages, start, length)], length, iova, prot)  # row 8
+        chosen = self.io_pagetable.map_one(task, pages, start, length, iova, prot)  # row 8
         if world.instruments:
             world.event("map", ioas=self.id, iova=chosen, length=length, va=va)
         return chosen
