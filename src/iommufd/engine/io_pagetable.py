@@ -416,12 +416,6 @@ class IOPagetable:
                 self.world.wait()
             return list(self.reserved_union.gaps(0, ULMAX)), self.iova_alignment
 
-    def vfio_info(self) -> tuple[list[int], int, list[Range]]:
-        """The page sizes of every domain, the alignment, the holes between the reservations, of one moment."""
-        with self.world.lock:
-            bitmaps = [domain.pgsize_bitmap for domain in self.domains]
-            return bitmaps, self.iova_alignment, list(self.reserved_union.gaps(0, ULMAX))
-
     def disable_large_pages(self) -> None:
         """HUGE_PAGES=0 (core 3): EINVAL with domains and areas, EADDRINUSE when an area does not conform."""
         with self.exclusive():

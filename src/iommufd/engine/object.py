@@ -124,13 +124,6 @@ class ObjectTable:
         else:
             heappush(self._free, obj.id)
 
-    def find_locked(self, number: int, *types: type[Object]) -> Object | None:
-        """The published object ``number`` if it is one of ``types`` (any type when none are given); takes no count."""
-        obj = self._objects.get(number)
-        if obj is None or obj.state != PUBLISHED or (types and not isinstance(obj, types)):
-            return None
-        return obj
-
     def take(self, number: int, kind: type[T]) -> T | None:
         """As :meth:`get` for an object of exactly this type; None when it must be looked at more closely."""
         with self._world.lock:

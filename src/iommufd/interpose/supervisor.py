@@ -39,7 +39,7 @@ from iommufd.interpose.notify import NOTIF, NOTIF_SIZE, RECV, RESP, RESP_SIZE, S
 from iommufd.interpose.pathcalls import PathCalls
 from iommufd.interpose.paths import Resolver
 from iommufd.interpose.processes import Processes, ThreadGroup
-from iommufd.interpose.syscalls import HOST
+from iommufd.interpose.syscalls import HOST, name_of
 from iommufd.interpose.trap import ANSWERED, PROCEED, Trap, fd_of
 from iommufd.interpose.unmaps import Unmaps
 
@@ -480,11 +480,6 @@ def new_space(tgid: int, physical: Physical) -> AddressSpace:
     from iommufd.memory.space import AddressSpace
 
     return AddressSpace(physical, ProcHost(tgid), f"process {tgid}")
-
-
-def name_of(nr: int) -> str:
-    """The system call with that number, the number itself where we know none."""
-    return next((name for name, value in HOST.numbers.items() if value == nr), str(nr))
 
 
 def close_pidfd(group: ThreadGroup) -> None:

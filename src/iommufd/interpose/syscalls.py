@@ -66,3 +66,8 @@ def host_arch() -> Arch | None:
 
 
 HOST: Arch = host_arch() or X86_64
+
+
+def name_of(nr: int) -> str:
+    """The system call with that number, the number itself where we know none."""
+    return next((name for name, value in HOST.numbers.items() if value == nr), str(nr))

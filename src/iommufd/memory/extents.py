@@ -95,12 +95,6 @@ def same_frames(a: Extents, b: Extents) -> bool:
     return a == b or join(a) == join(b)
 
 
-def pin_extents(extents: Extents) -> None:
-    """Adds a pin to every page."""
-    for extent in extents:
-        extent.chunk.pin(extent.index, extent.count)
-
-
 def unpin_extents(extents: Extents) -> None:
     """Takes a pin from every page; the address space they came from need not exist any more."""
     for extent in extents:
