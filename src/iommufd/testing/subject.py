@@ -11,15 +11,15 @@ Where a field of a struct holds a descriptor is data: :data:`FD_FIELDS`.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import mmap
 import os
 import resource
 import select
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from iommufd.errors import errno_name
+from iommufd.testing.system import Child, System
 from iommufd.uapi import iommufd_test as t
 from iommufd.uapi.commands import COMMANDS
 from iommufd.uapi.declare import Struct
@@ -32,15 +32,6 @@ ARENA_SIZE = 64 << 20
 PAGE = 4096
 SCRATCH = ARENA + ARENA_SIZE - 64 * PAGE  # structs and bitmaps of the harness itself
 IOCTL_PAGE = SCRATCH
-
-_libc = ctypes.CDLL(None, use_errno=True)
-_libc.mmap.restype = ctypes.c_void_p
-_libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
-_libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
-_libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-_libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-_MAP_FIXED_NOREPLACE, _MAP_NORESERVE = 0x100000, 0x4000
-
 
 # (command, op or None) -> offsets of u32/s32 fields that hold a descriptor: given by the caller, or handed out
 _GIVEN: dict[tuple[int, int | None], tuple[int, ...]] = {
@@ -72,27 +63,6 @@ def shown(data: bytes) -> str:
         if len(data) - len(head) >= 32:
             return f"{head.hex()}({data[-1]:02x})*{len(data) - len(head)}"
     return data.hex()
-
-
-@contextlib.contextmanager
-def powerless() -> Iterator[None]:
-    """The calling thread's effective capabilities are none within this (capset(2)); they come back after."""
-    header = (ctypes.c_uint32 * 2)(0x20080522, 0)
-    sets = (ctypes.c_uint32 * 6)()  # effective, permitted, inheritable; low words, then high words
-    _libc.capget(header, sets)
-    effective = sets[0], sets[3]
-    sets[0] = sets[3] = 0
-    _libc.capset(header, sets)
-    try:
-        yield
-    finally:
-        sets[0], sets[3] = effective
-        _libc.capset(header, sets)
-
-
-def open_numbers() -> set[int]:
-    """The process's descriptors, but for the one that the look at them takes."""
-    return {int(name) for name in os.listdir("/proc/self/fd") if os.path.lexists(f"/proc/self/fd/{name}")}
 
 
 class Answer:
@@ -139,50 +109,47 @@ def filled(struct: S) -> S:
 class Subject:
     """A backend with an arena of memory, and the transcript of what it was asked and said.
 
-    ``before_unmap(start, end)`` is called before memory of the arena goes away; the in-process machine needs to know,
-    a kernel sees it. ``numbers`` are the descriptors that the program has, apart from those a machine in this process
-    takes for itself. ``readlink`` follows a link of /sys to its end; ``powerless`` takes the
-    effective capabilities away for a while.
+    ``system`` is the process the check works in; ``parent`` the subject this one is a forked child of.
     """
 
-    def __init__(
-        self,
-        backend: Backend,
-        before_unmap: Callable[[int, int], None] | None = None,
-        numbers: Callable[[], set[int]] = open_numbers,
-        readlink: Callable[[str], str] = os.path.realpath,
-        powerless: Callable[[], contextlib.AbstractContextManager[None]] = powerless,
-    ) -> None:
+    def __init__(self, backend: Backend, system: System | None = None, parent: Subject | None = None) -> None:
         self.backend = backend
-        self._powerless = powerless
-        self._readlink = readlink
-        self._numbers = numbers
+        self.system = system if system is not None else System()
+        self.parent = parent
+        self._children: list[Subject] = []
+        self._memory = self.system.memory
+        self._labels: dict[int, str] = {} if parent is None else parent._labels
         self.transcript: list[list[Any]] = []
-        self._before_unmap = before_unmap
-        self._labels: dict[int, str] = {}
         self._named = 0
         self._own: set[int] = set()
         self._views: list[Any] = []
-        self._map(ARENA, ARENA_SIZE, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        # ordinary pages only: physical contiguity is not something two systems agree on
-        _libc.madvise(ARENA, ARENA_SIZE, 15)  # MADV_NOHUGEPAGE
+        if parent is None:
+            flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+            self._memory.map(ARENA, ARENA_SIZE, mmap.PROT_READ | mmap.PROT_WRITE, flags)
 
     # --- life
 
     def finish(self) -> None:
         """Closes every descriptor the check left open and takes the arena away."""
         self._views.clear()
+        for child in self._children:
+            child._end()
         for fd in sorted(self._labels, reverse=True):
             self._close(fd)
         self._labels.clear()
         self._unmap(ARENA, ARENA_SIZE)
 
     def _note(self, step: Sequence[Any], answer: Any) -> None:
+        if self.parent is not None:
+            self.parent._note(["child", *step], answer)
+            return
         self.transcript.append([*step, answer])
 
     # --- descriptors
 
     def _label(self, fd: int) -> str:
+        if self.parent is not None:
+            return self.parent._label(fd)
         label = f"fd{self._named}"
         self._named += 1
         self._labels[fd] = label
@@ -202,10 +169,11 @@ class Subject:
         """Opens the VFIO group that ``device`` ("vfio1") is in; with ``expected``, that must fail so (-1 then).
 
         Group numbers are the system's own affair, so the transcript has the device's name."""
-        number = os.path.basename(self._readlink(f"/sys/class/vfio-dev/{device}/device/iommu_group"))
+        number = os.path.basename(self.system.real_path(f"/sys/class/vfio-dev/{device}/device/iommu_group"))
         fd, got = -1, 0
         try:
-            fd = self.backend.open(f"/dev/vfio/{number}", os.O_RDWR)
+            prefix = "noiommu-" if device.startswith("noiommu-") else ""
+            fd = self.backend.open(f"/dev/vfio/{prefix}{number}", os.O_RDWR)
         except OSError as error:
             got = error.errno or 0
         self._note(["open_group", device], errno_name(got) if got else self._label(fd))
@@ -248,9 +216,9 @@ class Subject:
     def dma_buf(self, fd: int, length: int, flags: int = 2) -> int:
         """A dma-buf of the test exporter. Its number is found by what is new among the process's own: 7.3.4 does not
         report it."""
-        before = self._numbers()
+        before = self.system.numbers()
         self.do(fd, t.test_dmabuf_get(length=length, open_flags=flags))
-        new = list(self._numbers() - before)
+        new = list(self.system.numbers() - before)
         self.expect(len(new) == 1, f"one new descriptor, not {new}")
         self._note(["dma_buf"], self._label(new[0]))
         return new[0]
@@ -259,9 +227,49 @@ class Subject:
     def without_capabilities(self) -> Iterator[None]:
         """Within it the calling thread has no effective capability."""
         self._note(["capabilities", 0], 0)
-        with self._powerless():
+        before = self.system.set_capabilities((0, 0))
+        try:
             yield
-        self._note(["capabilities", 1], 0)
+        finally:
+            self.system.set_capabilities(before)
+            self._note(["capabilities", 1], 0)
+
+    @contextlib.contextmanager
+    def memlock(self, pages: int) -> Iterator[None]:
+        """Within it RLIMIT_MEMLOCK is ``pages`` pages."""
+        self._note(["memlock", pages], 0)
+        self.system.limit_memlock(pages * PAGE)
+        try:
+            yield
+        finally:
+            self.system.limit_memlock(None)
+            self._note(["memlock", None], 0)
+
+    def pages_locked_and_pinned(self) -> tuple[int, int]:
+        """VmLck and VmPin of the process, in pages."""
+        locked, pinned = (kb * 1024 // PAGE for kb in self.system.locked_and_pinned())
+        self._note(["locked and pinned"], [locked, pinned])
+        return locked, pinned
+
+    # --- other processes
+
+    def fork(self) -> Subject:
+        """A forked process with a copy of the arena and the same descriptors; it can make ioctls and use memory."""
+        self._note(["fork"], 0)
+        child = Subject(*self.system.fork(self.backend), parent=self)
+        self._children.append(child)
+        return child
+
+    def exit(self) -> None:
+        """Ends a child."""
+        self._note(["exit"], 0)
+        self._end()
+
+    def _end(self) -> None:
+        child = self.system.memory
+        if isinstance(child, Child) and child.pid:
+            self.system.before_exit()
+            child.exit()
 
     @contextlib.contextmanager
     def no_free_descriptors(self) -> Iterator[None]:
@@ -289,15 +297,9 @@ class Subject:
 
     # --- memory
 
-    def _map(self, addr: int, length: int, prot: int, flags: int, fd: int = -1, offset: int = 0) -> None:
-        got = _libc.mmap(addr, length, prot, flags | _MAP_FIXED_NOREPLACE | _MAP_NORESERVE, fd, offset)
-        if got != addr:
-            raise OSError(ctypes.get_errno(), f"no memory for the arena at {addr:#x}")
-
     def _unmap(self, addr: int, length: int) -> None:
-        if self._before_unmap is not None:
-            self._before_unmap(addr, addr + length)
-        _libc.munmap(addr, length)
+        self.system.before_unmap(addr, addr + length)
+        self._memory.unmap(addr, length)
 
     def page(self, number: int) -> int:
         """The address of the arena's page ``number``."""
@@ -314,26 +316,25 @@ class Subject:
         self._note(["mmap", addr, length, prot, self._labels.get(fd), offset, shared], 0)
         self._unmap(addr, length)
         kind = mmap.MAP_SHARED if shared else mmap.MAP_PRIVATE
-        self._map(addr, length, prot, kind | (mmap.MAP_ANONYMOUS if fd < 0 else 0), fd, offset)
-        _libc.madvise(addr, length, 15)
+        self._memory.map(addr, length, prot, kind | (mmap.MAP_ANONYMOUS if fd < 0 else 0), fd, offset)
 
     def mprotect(self, addr: int, length: int, prot: int) -> None:
-        self._note(["mprotect", addr, length, prot], _libc.mprotect(addr, length, prot))
+        self._note(["mprotect", addr, length, prot], self._memory.protect(addr, length, prot))
 
     def poke(self, addr: int, data: bytes) -> None:
         """Writes memory directly, as the program itself would."""
         if len(data) <= 65536:
             self._note(["poke", addr, shown(data)], 0)
-        ctypes.memmove(addr, data, len(data))
+        self._memory.store(addr, data)
 
     def poke_fd(self, addr: int, fd: int) -> None:
         """Writes the number of a descriptor; the transcript has its name."""
         self._note(["poke_fd", addr, self._labels[fd]], 0)
-        ctypes.memmove(addr, fd.to_bytes(4, "little"), 4)
+        self._memory.store(addr, fd.to_bytes(4, "little"))
 
     def peek(self, addr: int, count: int) -> bytes:
         """Reads memory directly."""
-        data = ctypes.string_at(addr, count)
+        data = self._memory.load(addr, count)
         if count <= 65536:
             self._note(["peek", addr, count], shown(data))
         return data
@@ -370,13 +371,13 @@ class Subject:
         if cmd == 0x3BA0 and len(data) >= 8:
             key = (cmd, int.from_bytes(data[4:8], "little"))
         if poke:
-            ctypes.memmove(where, data, len(data))
+            self._memory.store(where, data)
         result, number = -1, 0
         try:
             result = self.backend.ioctl(fd, cmd, where)
         except OSError as error:
             number = error.errno or 0
-        out = ctypes.string_at(where, len(data)) if poke else b""
+        out = self._memory.load(where, len(data)) if poke else b""
         handed = _HANDED.get(key, ()) if result >= 0 else ()
         for offset in handed:
             if offset + 4 <= len(out):

@@ -43,6 +43,7 @@ CHAPTERS = (
     "vfio_devices",
     "vfio_groups",
     "noiommu",
+    "processes",
 )
 
 

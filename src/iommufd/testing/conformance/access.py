@@ -30,7 +30,7 @@ def access_on(s: Subject, fd: int, ioas: int, flags: int = PINS) -> int:
     return s.do(fd, t.test_create_access(id=ioas, flags=flags)).out_access_fd
 
 
-@check("mock 6.1 row 1", "mock 6.1 row 5", "mock 6.1 row 6", "core 4.2 access attached")
+@check("devices 8.3 row 5", "mock 6.1 row 1", "mock 6.1 row 5", "mock 6.1 row 6", "core 4.2 access attached")
 def create_access(s: Subject) -> None:
     fd, ioas = open_ioas(s)
     s.refuses(EOPNOTSUPP, fd, t.test_create_access(id=9, flags=2))
@@ -47,7 +47,7 @@ def create_access(s: Subject) -> None:
     s.close(plain)
 
 
-@check("mock 6.1 file")
+@check("mock 6.2 row 3", "mock 6.1 file")
 def the_access_file(s: Subject) -> None:
     fd, ioas = open_ioas(s)
     access = access_on(s, fd, ioas)
@@ -62,7 +62,16 @@ def the_access_file(s: Subject) -> None:
     s.refuses(EBADFD, fd, t.test_access_replace_ioas(id=9999))
 
 
-@check("mock 6.2 row 1", "mock 6.2 row 2", "mock 6.2 row 4", "mock 6.2 row 6", "mock 6.2 row 7", "core 5.6 row 1")
+@check(
+    "devices 8.4 row 2",
+    "devices 8.4 row 3",
+    "mock 6.2 row 1",
+    "mock 6.2 row 2",
+    "mock 6.2 row 4",
+    "mock 6.2 row 6",
+    "mock 6.2 row 7",
+    "core 5.6 row 1",
+)
 def access_pages_refuses(s: Subject) -> None:
     fd, ioas = open_ioas(s)
     access, plain = access_on(s, fd, ioas), access_on(s, fd, ioas, 0)
@@ -74,6 +83,10 @@ def access_pages_refuses(s: Subject) -> None:
 
 
 @check(
+    "devices 8.4 row 5b",
+    "devices 8.4 row 5c",
+    "devices 8.4 row 5",
+    "devices 8.4 row 6",
     "mock 6.2 row 8",
     "mock 6.2 row 9",
     "mock 6.2 row 11",
@@ -101,7 +114,7 @@ def access_pages_and_the_areas(s: Subject) -> None:
     s.do(fd, t.test_md_check_refs(length=2 * PAGE, uptr=s.page(0), refs=1))
 
 
-@check("mock 6.2 row 12", "mock 6.2 row 13", "mock 6.3")
+@check("devices 8.4 row 7", "mock 6.2 row 12", "mock 6.2 row 13", "mock 6.3")
 def pinned_pages_are_compared_and_counted(s: Subject) -> None:
     fd, ioas = open_ioas(s)
     s.poke(s.page(0), b"x" * 4 * PAGE)
@@ -131,7 +144,16 @@ def pinning_bad_memory(s: Subject) -> None:
     s.do(fd, t.test_access_pages(id=access, iova=0x10000, length=2 * PAGE, uptr=s.page(39)))
 
 
-@check("mock 6.5", "core 5.6 replace")
+@check(
+    "devices 8.3 row 1",
+    "devices 8.3 row 3",
+    "devices 8.3 row 5",
+    "devices 8.3 row 6",
+    "devices 8.3 row 7",
+    "devices 8.3 row 8",
+    "mock 6.5",
+    "core 5.6 replace",
+)
 def replacing_the_ioas_of_an_access(s: Subject) -> None:
     fd, ioas = open_ioas(s)
     other = ioas_alloc(s, fd)
@@ -141,7 +163,9 @@ def replacing_the_ioas_of_an_access(s: Subject) -> None:
     map_fixed(s, fd, third, s.page(0), 1, 0x10001)
     access = access_on(s, fd, ioas)
     item = s.do(fd, t.test_access_pages(id=access, iova=0x10000, length=PAGE)).out_access_pages_id
-    s.refuses(ENOENT, fd, t.test_access_replace_ioas(id=access, ioas_id=99))
+    _, hwpt, _ = mock_domain(s, fd, ioas_alloc(s, fd))
+    for wrong in (99, hwpt):
+        s.refuses(ENOENT, fd, t.test_access_replace_ioas(id=access, ioas_id=wrong))
     s.refuses(EADDRINUSE, fd, t.test_access_replace_ioas(id=access, ioas_id=third))
     s.do(fd, t.test_access_replace_ioas(id=access, ioas_id=ioas))
     s.do(fd, t.test_md_check_refs(length=PAGE, uptr=s.page(0), refs=1))
@@ -151,7 +175,15 @@ def replacing_the_ioas_of_an_access(s: Subject) -> None:
     s.do(fd, u.iommu_destroy(id=ioas))
 
 
-@check("mock 6.6 row 1", "mock 6.6 row 2", "mock 6.6 row 3", "mock 6.6 row 4", "mock 6.6 row 6")
+@check(
+    "devices 8.7 row 1",
+    "devices 8.7 row 2",
+    "mock 6.6 row 1",
+    "mock 6.6 row 2",
+    "mock 6.6 row 3",
+    "mock 6.6 row 4",
+    "mock 6.6 row 6",
+)
 def access_rw_refuses(s: Subject) -> None:
     fd, ioas = open_ioas(s)
     access = access_on(s, fd, ioas, 0)
@@ -165,7 +197,15 @@ def access_rw_refuses(s: Subject) -> None:
     s.refuses(ENOENT, fd, rw(id=access, iova=0x1000, length=2))
 
 
-@check("mock 6.6 row 7", "mock 6.6 row 8", "mock 6.6 row 9", "core 5.6 rw")
+@check(
+    "devices 8.7 row 5",
+    "devices 8.7 row 6",
+    "devices 8.7 row 7",
+    "mock 6.6 row 7",
+    "mock 6.6 row 8",
+    "mock 6.6 row 9",
+    "core 5.6 rw",
+)
 def access_rw_moves_bytes(s: Subject) -> None:
     fd, ioas = open_ioas(s)
     map_fixed(s, fd, ioas, s.page(0) + 5, 100, 0x20003)
@@ -190,7 +230,7 @@ def access_rw_moves_bytes(s: Subject) -> None:
     s.refuses(EFAULT, fd, rw(id=access, iova=0x20003, length=16, uptr=0))
 
 
-@check("core 5.6 user same mm", "core 5.2 transient")
+@check("devices 8.7 copy row 6", "devices 8.7 copy row 4", "core 5.6 user same mm", "core 5.2 transient")
 def the_plain_path_has_cpu_permissions(s: Subject) -> None:
     fd, ioas = open_ioas(s)
     s.poke(s.page(0), b"x" * 3 * PAGE)

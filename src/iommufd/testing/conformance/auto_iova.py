@@ -65,7 +65,7 @@ def alignment_above_the_memorys_is_refused(s: Subject) -> None:
     s.expect(map_auto(s, fd, ioas, s.page(3), 0x800) == APERTURE + 0x1000, "the hole before it")
 
 
-@check("core 4.8 step 7", "core 4.8 step 8")
+@check("core 4.7 row 3a", "core 4.8 step 7", "core 4.8 step 8")
 def first_fit_in_holes(s: Subject) -> None:
     fd, ioas = open_ioas(s)
     map_fixed(s, fd, ioas, s.page(0), PAGE, 0x1000)
@@ -114,7 +114,7 @@ def spans_of_the_allowed_list(s: Subject) -> None:
             s.expect(got == expected, f"{length:#x} bytes in {ranges} went to {got}, expected {expected:#x}")
 
 
-@check("core 4.8 step 9")
+@check("core 4.7 row 3a", "core 4.8 step 9")
 def nothing_left(s: Subject) -> None:
     fd, ioas = open_ioas(s)
     reserve(s, fd, ioas, 0x3000, ULMAX - 0x3000)

@@ -95,7 +95,7 @@ def replacing(s: Subject) -> None:
     s.refuses(EINVAL, fd, t.test_mock_domain_replace(id=stdev, pt_id=stdev))
 
 
-@check("devices 3.5 row 3b", "core 4.3 row 4", "devices 3.6 undo")
+@check("devices 3.8 domain row 4", "devices 3.5 row 3b", "core 4.3 row 4", "devices 3.6 undo")
 def replacing_onto_an_ioas_that_cannot_be_filled(s: Subject) -> None:
     fd, ioas = open_ioas(s)
     bad = ioas_alloc(s, fd)
@@ -125,6 +125,7 @@ def hwpt_alloc_refuses(s: Subject) -> None:
 
 
 @check(
+    "mock 2.3 paging row 3",
     "devices 4.3 row 3",
     "devices 4.3 row 4",
     "devices 4.3 row 5",
@@ -165,6 +166,7 @@ def paging_data(s: Subject) -> None:
 
 
 @check(
+    "mock 2.3 nested row 5",
     "devices 4.4 row 1",
     "devices 4.4 row 2",
     "mock 2.3 nested row 1",
@@ -187,6 +189,7 @@ def nested_hwpts(s: Subject) -> None:
     s.refuses(EOPNOTSUPP, fd, hwpt_request(s, dev, parent, 0, data, 1))
     s.refuses(EINVAL, fd, hwpt_request(s, dev, parent, 0, data[:3]))
     s.refuses(EINVAL, fd, hwpt_request(s, dev, parent, 0, data + bytes(5)))
+    s.refuses(EFAULT, fd, u.iommu_hwpt_alloc(dev_id=dev, pt_id=parent, data_type=SELFTEST, data_len=4))
     nested = hwpt_alloc(s, fd, dev, parent, 0, data)
     s.refuses(EINVAL, fd, hwpt_request(s, dev, nested, 0, data))
     for i in range(4):
@@ -247,6 +250,8 @@ def invalidating_a_nested_hwpt(s: Subject) -> None:
 
 
 @check(
+    "devices 5 row 3",
+    "devices 5 row 11",
     "devices 5 row 1",
     "devices 5 row 2",
     "devices 5 row 4",

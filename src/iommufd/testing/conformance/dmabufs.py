@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from errno import EBADF, EINVAL, ENODEV
+from errno import EBADF, EINVAL, EMFILE, ENODEV
 
 from iommufd.testing.conformance import check
 from iommufd.testing.conformance.access import access_on
@@ -20,11 +20,14 @@ def mapping(ioas: int, fd: int, length: int, iova: int = APERTURE, start: int = 
     return u.iommu_ioas_map_file(flags=RW | 1, ioas_id=ioas, fd=fd, start=start, length=length, iova=iova)
 
 
-@check("mock 8.1 row 1", "mock 8.1 row 3", "mock 8.2 row 1", "mock 8.2 row 2", "mock 8.2 row 4")
+@check("mock 8.1 row 2", "mock 8.1 row 1", "mock 8.1 row 3", "mock 8.2 row 1", "mock 8.2 row 2", "mock 8.2 row 4")
 def getting_and_revoking(s: Subject) -> None:
     fd, ioas = open_ioas(s)
     for length in (0, (2 << 20) + 1, 2**32 - 1):
         s.refuses(EINVAL, fd, t.test_dmabuf_get(length=length, open_flags=2))
+    s.close(s.dma_buf(fd, PAGE))
+    with s.no_free_descriptors():
+        s.refuses(EMFILE, fd, t.test_dmabuf_get(length=1, open_flags=2))
     s.refuses(EBADF, fd, t.test_dmabuf_revoke(dmabuf_fd=9999, revoked=1))
     for other in (fd, s.memfd(PAGE)):
         s.refuses(EINVAL, fd, t.test_dmabuf_revoke(dmabuf_fd=other, revoked=1))

@@ -102,7 +102,7 @@ def indexes_in_ascending_order(s: Subject) -> None:
     s.expect(s.do(g.fd, g.queue(0)).out_hw_queue_id == first, "both numbers are free again")
 
 
-@check("events 9 locks", "core 4.12 row b")
+@check("devices 8.6 row 2", "events 9 locks", "core 4.12 row b")
 def its_memory_stays(s: Subject) -> None:
     g = Queues(s)
     queue = s.do(g.fd, g.queue(0, APERTURE + PAGE)).out_hw_queue_id

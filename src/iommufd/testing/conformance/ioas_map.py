@@ -159,7 +159,7 @@ def two_maps_of_the_same_memory_pin_twice(s: Subject) -> None:
     s.do(fd, t.test_md_check_refs(length=PAGE, uptr=s.page(0), refs=1))
 
 
-@check("core 4.9 row 9", "core 1.5 rule 1")
+@check("core 4.9 row 8", "core 4.9 row 9", "core 1.5 rule 1")
 def the_answer_echoes_and_tells_the_iova(s: Subject) -> None:
     fd, ioas = open_ioas(s)
     out = s.do(fd, u.iommu_ioas_map(flags=RW, ioas_id=ioas, user_va=s.page(0), length=PAGE, iova=0x123))

@@ -137,7 +137,14 @@ def the_allowed_list_binds_automatic_maps_only(s: Subject) -> None:
     s.expect(map_auto(s, fd, ioas, s.page(3), PAGE) == 0x1000, "an empty list allows everything")
 
 
-@check("core 4.2 domain added", "core 4.3 row 2", "core 4.3 row 3")
+@check(
+    "core 4.3 row 5",
+    "devices 3.8 domain row 3",
+    "devices 3.8 domain row 5",
+    "core 4.2 domain added",
+    "core 4.3 row 2",
+    "core 4.3 row 3",
+)
 def a_domain_reserves_what_is_outside_its_aperture(s: Subject) -> None:
     fd, ioas = open_ioas(s)
     stdev, _, _ = mock_domain(s, fd, ioas)
@@ -146,7 +153,9 @@ def a_domain_reserves_what_is_outside_its_aperture(s: Subject) -> None:
     s.expect(free_ranges(s, fd, ioas) == ([(0, ULMAX)], 1), "all of it again")
 
 
-@check("core 4.3 row 1", "core 4.3 row 2", "core 4.2 domain added")
+@check(
+    "devices 3.8 domain row 1", "devices 3.8 domain row 2", "core 4.3 row 1", "core 4.3 row 2", "core 4.2 domain added"
+)
 def areas_may_refuse_a_domain(s: Subject) -> None:
     fd, ioas = open_ioas(s)
     map_fixed(s, fd, ioas, s.page(0), PAGE, 0x10000)

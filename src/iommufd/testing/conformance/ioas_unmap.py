@@ -36,7 +36,9 @@ def unmapping_everything_and_nothing(s: Subject) -> None:
     s.expect(unmap(s, fd, ioas, 0, ULMAX) == 2 * PAGE, "all of two areas")
 
 
-@check("core 4.12 row 6", "core 4.12 row c", "core 4.12 row e", "core 4.12 row 8")
+@check(
+    "devices 8.6 row 3", "devices 8.6 row 6", "core 4.12 row 6", "core 4.12 row c", "core 4.12 row e", "core 4.12 row 8"
+)
 def the_walk_ascends_and_is_not_atomic(s: Subject) -> None:
     fd, ioas = open_ioas(s)
     for iova in (0x1000, 0x3000, 0x4000):
@@ -53,7 +55,7 @@ def the_walk_ascends_and_is_not_atomic(s: Subject) -> None:
     s.expect(unmap(s, fd, ioas, 0x1000, 2 * PAGE) == 2 * PAGE, "nothing had gone")
 
 
-@check("core 4.12 row d", "mock 6.4", "core 5.2")
+@check("devices 8.6 row 4", "devices 8.6 row 5", "devices 8.6 row 6", "core 4.12 row d", "mock 6.4", "core 5.2")
 def an_access_lets_go_when_asked(s: Subject) -> None:
     fd, ioas = open_ioas(s)
     s.poke(s.page(0), b"x" * 3 * PAGE)
@@ -72,7 +74,7 @@ def an_access_lets_go_when_asked(s: Subject) -> None:
     s.do(fd, t.test_md_check_refs(length=PAGE, uptr=s.page(2), refs=0))
 
 
-@check("core 4.12 retry")
+@check("devices 8.4 row 5a", "devices 8.6 row 4", "devices 8.6 row 5", "devices 8.7 row 4", "core 4.12 retry")
 def a_hundred_touching_pinned_areas(s: Subject) -> None:
     """The retry counter runs on over areas that touch: the 101st is left, refusing accesses ever after."""
     fd, ioas = open_ioas(s)
@@ -83,6 +85,7 @@ def a_hundred_touching_pinned_areas(s: Subject) -> None:
     s.refuses(EDEADLK, fd, unmapping(ioas, 0x100000, 102 * PAGE))
     s.refuses(ENOENT, fd, unmapping(ioas, 0x100000, 100 * PAGE))
     s.refuses(EINVAL, fd, t.test_access_pages(id=access, iova=0x100000 + 100 * PAGE, length=PAGE))
+    s.refuses(EINVAL, fd, t.test_access_rw(id=access, iova=0x100000 + 100 * PAGE, length=1, uptr=s.page(200)))
     s.do(fd, t.test_access_pages(id=access, iova=0x100000 + 101 * PAGE, length=PAGE))
     s.expect(unmap(s, fd, ioas, 0x100000, 102 * PAGE) == 2 * PAGE, "the rest goes next time")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from errno import EINVAL, ENOENT, EOPNOTSUPP, EOVERFLOW, EPERM
+from errno import EINVAL, ENODEV, ENOENT, EOPNOTSUPP, EOVERFLOW, EPERM
 
 from iommufd.testing.conformance import check
 from iommufd.testing.conformance.common import (
@@ -16,7 +16,9 @@ from iommufd.testing.conformance.common import (
     unwritable,
 )
 from iommufd.testing.conformance.devices import DIRTY, FAULT, NEST, PASID
-from iommufd.testing.conformance.vfio_devices import attach, bind, bound, detach, hwpt
+from iommufd.testing.conformance.vfio_compat import CHECK_EXTENSION, SET_IOMMU, map_dma, ok, value
+from iommufd.testing.conformance.vfio_devices import attach, bind, bound, detach, hwpt, wants
+from iommufd.testing.conformance.vfio_groups import GET_DEVICE_FD, set_container, status
 from iommufd.testing.subject import PAGE, Subject, filled
 from iommufd.uapi import iommufd as u
 from iommufd.uapi import iommufd_test as t
@@ -34,7 +36,7 @@ def get_pa(s: Subject, fd: int, ioas: int, iova: int, length: int) -> tuple[int,
     return out.length, out.out_phys
 
 
-@check("devices 2.1 row 2", "devices 9.1", "devices 11.1", needs="noiommu capabilities")
+@check("devices 5 row 5", "devices 2.1 row 2", "devices 9.1", "devices 11.1", needs="noiommu capabilities")
 def it_is_bound_by_who_may(s: Subject) -> None:
     iommufd = s.open()
     with s.without_capabilities():
@@ -66,7 +68,7 @@ def attaching_is_bookkeeping(s: Subject) -> None:
     s.do(iommufd, t.test_md_check_refs(length=PAGE, uptr=s.page(0), refs=0))
 
 
-@check("devices 9.2", "devices 4.3 row 1", needs="noiommu")
+@check("devices 5 row 5", "devices 9.2", "devices 4.3 row 1", needs="noiommu")
 def page_tables_of_no_hardware(s: Subject) -> None:
     iommufd, ioas = open_ioas(s)
     _, dev = bound(s, DEVICE, iommufd)
@@ -186,3 +188,37 @@ def get_pa_of_contiguous_memory(s: Subject) -> None:
     ):
         for iova in (huge, 2 * huge, 4 * huge + PAGE):
             s.expect(get_pa(s, fd, ioas, iova + offset, wanted) == (got, start + offset), f"{wanted:#x} at {offset:#x}")
+
+
+@check("vfio 9.1 row 6", "vfio 9.1 row 7", "vfio 5 row 1", "vfio 10.1", "vfio 9.2", needs="noiommu capabilities")
+def a_group_without_iommu(s: Subject) -> None:
+    """It puts the context into no-IOMMU mode, for good."""
+    iommufd, ioas = open_ioas(s)
+    with s.without_capabilities():
+        s.open_group(DEVICE, EPERM)
+    group = s.open_group(DEVICE)
+    s.do(iommufd, u.iommu_vfio_ioas(op=1, ioas_id=ioas))
+    set_container(s, group, iommufd, EINVAL)
+    s.expect(value(s, iommufd, SET_IOMMU, 8).errno == EINVAL, "not in this mode yet")
+    s.do(iommufd, u.iommu_vfio_ioas(op=2))
+    set_container(s, group, iommufd)
+    status(s, group, 3)
+    for extension in range(12):
+        value(s, iommufd, CHECK_EXTENSION, extension)
+    with s.without_capabilities():
+        s.expect(value(s, iommufd, SET_IOMMU, 8).errno == EPERM, "not everybody's")
+    for _ in range(2):
+        ok(s, value(s, iommufd, SET_IOMMU, 8))
+    for kind in (0, 1, 2, 3, 4, 2**32 + 8):
+        s.expect(value(s, iommufd, SET_IOMMU, kind).errno == EINVAL, f"type {kind}")
+    s.expect(map_dma(s, iommufd, s.page(0), 0, PAGE).errno == ENODEV, "no IOAS")
+    with s.without_capabilities():
+        wants(s, EPERM, s.ioctl(group, GET_DEVICE_FD, b"0000:00:04.0\0").errno, "GET_DEVICE_FD")
+    device = s.ioctl(group, GET_DEVICE_FD, b"0000:00:04.0\0")
+    ok(s, device)
+    s.expect(ioas_alloc(s, iommufd) == ioas + 1, "nothing was bound")
+    s.close(device.result)
+    s.do(iommufd, u.iommu_vfio_ioas(op=1, ioas_id=ioas))
+    wants(s, EPERM, s.ioctl(group, GET_DEVICE_FD, b"0000:00:04.0\0").errno, "GET_DEVICE_FD beside an IOAS")
+    ok(s, map_dma(s, iommufd, s.page(0), 0, PAGE))
+    s.expect(value(s, iommufd, CHECK_EXTENSION, 1).result == 0, "the mode stays")

@@ -5,7 +5,17 @@ from __future__ import annotations
 from errno import EBUSY, EINVAL, ENOENT
 
 from iommufd.testing.conformance import check
-from iommufd.testing.conformance.common import APERTURE, RW, ioas_alloc, map_fixed, mock_domain, open_ioas
+from iommufd.testing.conformance.common import (
+    APERTURE,
+    RW,
+    free_ranges,
+    ioas_alloc,
+    map_fixed,
+    mock_domain,
+    open_ioas,
+    reserve,
+    unwritable,
+)
 from iommufd.testing.subject import PAGE, Subject
 from iommufd.uapi import iommufd as u
 from iommufd.uapi import iommufd_test as t
@@ -20,7 +30,7 @@ def the_lowest_free_id_is_taken(s: Subject) -> None:
     s.expect([ioas_alloc(s, fd) for _ in range(3)] == [2, 4, 6], "freed ids are handed out again, lowest first")
 
 
-@check("core 2.1 failed")
+@check("core 1.3 row 8", "core 1.3 row 9", "core 2.1 failed")
 def a_failed_creation_returns_its_id(s: Subject) -> None:
     fd, ioas = open_ioas(s)
     s.refuses(EINVAL, fd, t.test_mock_domain_flags(id=ioas, dev_flags=2))
@@ -100,3 +110,28 @@ def closing_with_everything_alive(s: Subject) -> None:
     s.close(fd)
     other = s.open()
     s.do(other, t.test_md_check_refs(length=4 * PAGE, uptr=s.page(0), refs=0))
+
+
+@check("core 4.4 row 3", "core 1.5 rule 3")
+def an_ioas_that_cannot_be_told(s: Subject) -> None:
+    fd = s.open()
+    unwritable(s, fd, u.iommu_ioas_alloc())
+    s.expect(ioas_alloc(s, fd) == 1, "its id is free again")
+
+
+@check("core 2.5 row 5")
+def destroying_undoes_what_an_object_did(s: Subject) -> None:
+    fd, ioas = open_ioas(s)
+    s.poke(s.page(0), b"x" * PAGE)
+    map_fixed(s, fd, ioas, s.page(0), PAGE, APERTURE)
+    stdev, _, device = mock_domain(s, fd, ioas)
+    hwpt = s.do(fd, u.iommu_hwpt_alloc(dev_id=device, pt_id=ioas)).out_hwpt_id
+    s.do(fd, u.iommu_destroy(id=stdev))
+    s.do(fd, t.test_md_check_refs(length=PAGE, uptr=s.page(0), refs=1))
+    s.refuses(EBUSY, fd, u.iommu_destroy(id=ioas))
+    s.do(fd, u.iommu_destroy(id=hwpt))
+    s.do(fd, t.test_md_check_refs(length=PAGE, uptr=s.page(0), refs=0))
+    s.expect(free_ranges(s, fd, ioas) == ([(0, 2**64 - 1)], 1), "the page table's ranges and alignment went")
+    reserve(s, fd, ioas, 0, 0x1000)
+    s.do(fd, u.iommu_destroy(id=ioas))
+    s.expect(free_ranges(s, fd, ioas_alloc(s, fd))[0] == [(0, 2**64 - 1)], "a fresh one")

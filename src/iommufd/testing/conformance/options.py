@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from errno import EADDRINUSE, EBUSY, EFAULT, EINVAL, ENOENT, EOPNOTSUPP
+from errno import EADDRINUSE, EBUSY, EFAULT, EINVAL, ENOENT, EOPNOTSUPP, EPERM
 from mmap import PROT_READ
 
 from iommufd.testing.conformance import check
@@ -14,7 +14,7 @@ RLIMIT_MODE, HUGE_PAGES = u.IOMMU_OPTION_RLIMIT_MODE, u.IOMMU_OPTION_HUGE_PAGES
 SET, GET = u.IOMMU_OPTION_OP_SET, u.IOMMU_OPTION_OP_GET
 
 
-@check("core 3 row 1", "core 3 row 2")
+@check("core 3 row 3", "core 3 row 1", "core 3 row 2")
 def reserved_and_unknown_options(s: Subject) -> None:
     fd = s.open()
     s.refuses(EOPNOTSUPP, fd, u.iommu_option(option_id=RLIMIT_MODE, op=GET, reserved=1))
@@ -43,7 +43,7 @@ def rlimit_mode_is_set_while_nothing_exists(s: Subject) -> None:
     s.do(fd, u.iommu_option(option_id=RLIMIT_MODE, op=SET, val64=0))
 
 
-@check("core 3 huge row 1", "core 3 huge row 2", "core 3 huge row 8", "core 3 huge row 9")
+@check("core 3 row 3", "core 3 huge row 1", "core 3 huge row 2", "core 3 huge row 8", "core 3 huge row 9")
 def huge_pages_reads_and_refuses(s: Subject) -> None:
     fd, ioas = open_ioas(s)
     for bad in (u.iommu_option(op=7), u.iommu_option(op=SET, val64=9), u.iommu_option(op=GET)):
@@ -99,3 +99,14 @@ def the_effect_stays_when_the_answer_faults(s: Subject) -> None:
     s.mprotect(page, PAGE, PROT_READ)
     s.expect(s.ioctl(fd, 0x3B87, at=page, poke=False).errno == EFAULT, "val64 cannot be written")
     s.expect(s.do(fd, u.iommu_option(option_id=HUGE_PAGES, op=GET, object_id=ioas)).val64 == 0, "but it was set")
+
+
+@check("core 3 rlimit row 3", needs="capabilities")
+def the_rlimit_mode_is_not_everybodys(s: Subject) -> None:
+    fd = s.open()
+    with s.without_capabilities():
+        s.refuses(EPERM, fd, u.iommu_option(option_id=RLIMIT_MODE, op=SET, val64=2))
+        ioas_alloc(s, fd)
+        s.refuses(EPERM, fd, u.iommu_option(option_id=RLIMIT_MODE, op=SET, val64=2))
+        s.do(fd, u.iommu_option(option_id=RLIMIT_MODE, op=GET))
+    s.refuses(EBUSY, fd, u.iommu_option(option_id=RLIMIT_MODE, op=SET, val64=2))

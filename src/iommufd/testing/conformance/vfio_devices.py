@@ -389,7 +389,16 @@ def closing_gives_everything_back(s: Subject) -> None:
     s.expect(bind(s, second, other) == 1, "in a fresh context")
 
 
-@check("devices 3.3 row 3", "devices 3.4b row 2", "mock 5.2 row 2", "mock 5.4 row 3", "mock 4.5", "vfio 4", needs="vtd")
+@check(
+    "devices 4.5 row 1",
+    "devices 3.3 row 3",
+    "devices 3.4b row 2",
+    "mock 5.2 row 2",
+    "mock 5.4 row 3",
+    "mock 4.5",
+    "vfio 4",
+    needs="vtd",
+)
 def another_drivers_page_table(s: Subject) -> None:
     """Two IOMMUs in one context: a page table of one is not for the other's devices.
 
@@ -410,5 +419,9 @@ def another_drivers_page_table(s: Subject) -> None:
     s.refuses(EINVAL, iommufd, t.test_md_check_map(id=own))
     s.refuses(EINVAL, iommufd, t.test_dirty(id=own, length=PAGE, page_size=PAGE, uptr=s.page(0)))
     s.refuses(EINVAL, iommufd, t.test_trigger_iopf(dev_id=dev))
+    parent = s.do(iommufd, u.iommu_hwpt_alloc(flags=1, dev_id=mock, pt_id=ioas)).out_hwpt_id
+    asked = u.iommu_viommu_alloc(type=t.IOMMU_VIOMMU_TYPE_SELFTEST, dev_id=mock, hwpt_id=parent)
+    viommu = s.do(iommufd, asked).out_viommu_id
+    s.refuses(EINVAL, iommufd, u.iommu_hwpt_alloc(dev_id=dev, pt_id=viommu, flags=16))
     s.do(iommufd, u.iommu_vfio_ioas(op=1, ioas_id=ioas))
     s.expect(s.ioctl(iommufd, 0x3B65, at=4, poke=False).result == 0, "coherency is not enforced by all of them")
