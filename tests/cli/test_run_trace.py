@@ -72,6 +72,6 @@ def test_explain_says_why_each_failing_call_failed(traced: tuple[list[str], list
     assert len(failed) == 7  # and lseek, access, which a trace has not
     assert all(" = -1 E" in line and "  # " in line for line in failed)
     text = "\n".join(failed)
-    assert "(Illegal seek)  # this file has no position" in text
+    assert "(Illegal seek)  # /dev/iommu has no position" in text
     assert "iommufd: access(...) = -1 EACCES (Permission denied)  # /dev/iommu has mode 666" in text
     assert "IOMMU_IOAS_MAP_FILE came with Linux 6.13; this machine is Linux 6.6" in text

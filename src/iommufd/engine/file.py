@@ -127,19 +127,19 @@ class File:
 
     def ioctl(self, task: Task, cmd: int, arg: int) -> int | Pending:
         """One ioctl; ``arg`` is the raw third argument. Returns the non-negative result or raises KernelError."""
-        raise KernelError(errno.ENOTTY, f"this file has no ioctl {cmd:#x}")
+        raise KernelError(errno.ENOTTY, f"{self.link} has no ioctl {cmd:#x}")
 
     def read(self, task: Task, addr: int, count: int, pos: int | None = None) -> int | Pending:
         """read (``pos`` None) or pread into the caller's memory at ``addr``; returns bytes."""
-        raise KernelError(errno.EINVAL, "this file cannot be read")
+        raise KernelError(errno.EINVAL, f"{self.link} cannot be read")
 
     def write(self, task: Task, addr: int, count: int, pos: int | None = None) -> int | Pending:
         """write (``pos`` None) or pwrite from the caller's memory at ``addr``; returns bytes."""
-        raise KernelError(errno.EINVAL, "this file cannot be written")
+        raise KernelError(errno.EINVAL, f"{self.link} cannot be written")
 
     def lseek(self, task: Task, offset: int = 0, whence: int = 0) -> int:
         """The new position. ``offset`` is signed; ``whence`` 0 SEEK_SET, 1 SEEK_CUR, 2 SEEK_END."""
-        raise KernelError(errno.ESPIPE, "this file has no position")
+        raise KernelError(errno.ESPIPE, f"{self.link} has no position")
 
     def poll(self) -> int:
         """The current poll mask (POLLIN and so on)."""
@@ -150,7 +150,7 @@ class File:
 
         A mapping holds the file. The one granted here is counted from now on: :meth:`mapping_closed` when it is gone,
         or could not be made."""
-        raise KernelError(errno.ENODEV, "this file cannot be mapped")
+        raise KernelError(errno.ENODEV, f"{self.link} cannot be mapped")
 
     def mapping_opened(self, offset: int) -> None:
         """The mapping made at ``offset`` was copied (fork) or split: there is one more."""

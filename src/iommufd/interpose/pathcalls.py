@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
+import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -144,16 +145,22 @@ class PathCalls:
         return self._open_node(trap, place.node, flags)
 
     def _open_node(self, trap: Trap, node: Node, flags: int) -> int | Proceed | Answered:
+        began = time.perf_counter()
         try:
-            return self._try_open_node(trap, node, flags)
+            return self._try_open_node(trap, node, flags, began)
         except KernelError as error:
-            if self._world.instruments:
-                task = self._processes.thread(trap.tid).task
-                fields: dict[str, Any] = {"path": node.path, "flags": flags, "file": None, "result": -1, "error": error}
-                self._world.event("open", task=task, **fields)
+            self._tell_open(trap, node, flags, None, -1, error, began)
             raise
 
-    def _try_open_node(self, trap: Trap, node: Node, flags: int) -> int | Proceed | Answered:
+    def _tell_open(
+        self, trap: Trap, node: Node, flags: int, file: File | None, fd: int, error: KernelError | None, began: float
+    ) -> None:
+        if self._world.instruments:
+            fields: dict[str, Any] = {"path": node.path, "flags": flags, "file": file, "result": fd, "error": error}
+            us = (time.perf_counter() - began) * 1e6
+            self._world.event("open", task=self._processes.thread(trap.tid).task, us=us, **fields)
+
+    def _try_open_node(self, trap: Trap, node: Node, flags: int, began: float) -> int | Proceed | Answered:
         thread = self._processes.thread(trap.tid)
         task = thread.task
         task.notification = trap.number
@@ -173,8 +180,7 @@ class PathCalls:
         if file is None:
             raise KernelError(errno.ENXIO, f"{path} cannot be opened any more")
         fd = self._descriptors.give(task, self._carriers.make(file, path, flags), cloexec)
-        if self._world.instruments:
-            self._world.event("open", task=task, path=path, flags=flags, file=file, result=fd, error=None)
+        self._tell_open(trap, node, flags, file, fd, None, began)
         return ANSWERED
 
     def _open_text(self, trap: Trap, thread: Thread, node: Node, flags: int) -> Answered:

@@ -71,13 +71,15 @@ def mmap(
 ) -> tuple[int, int]:
     """The address the kernel chooses is not known here."""
     error: KernelError | None = None
+    began = time.perf_counter()
     try:
         return file.mmap(task, offset, length, prot, shared)
     except KernelError as failed:
         error = failed
         raise
     finally:
-        fields: dict[str, Any] = {"offset": offset, "size": length, "prot": prot, "error": error}
+        us = (time.perf_counter() - began) * 1e6
+        fields: dict[str, Any] = {"offset": offset, "size": length, "prot": prot, "error": error, "us": us}
         world.event("mmap", task=task, file=file, result=None, **fields)
 
 

@@ -21,6 +21,7 @@ import mmap as _mmap
 import os
 import select
 import threading
+import time
 import weakref
 from typing import TYPE_CHECKING
 
@@ -62,21 +63,21 @@ class SoftwareBackend:
 
     def open(self, path: str, flags: int) -> int:
         self.owner.check()
+        began = time.perf_counter()
         try:
             file = self.machine.open(path, self.task(), flags)
             if file is None:
                 raise KernelError(errno.ENOENT, f"machine {self.machine.name} has no {path}")
             fd = self.descriptors.add(file)
         except KernelError as error:
-            self._tell("open", path=path, flags=flags, result=-1, error=error)
+            self._tell_open(began, path=path, flags=flags, result=-1, error=error)
             raise _os_error(error) from None
-        self._tell("open", path=path, flags=flags, file=file, result=fd)
+        self._tell_open(began, path=path, flags=flags, file=file, result=fd)
         return fd
 
-    def _tell(self, name: str, **fields: object) -> None:
-        world = self.machine.world
-        if world.instruments:
-            world.event(name, task=self.task(), **fields)
+    def _tell_open(self, began: float, **fields: object) -> None:
+        if self._instruments:
+            self.machine.world.event("open", task=self.task(), us=(time.perf_counter() - began) * 1e6, **fields)
 
     def _watched(self, fd: int, buffer: bytearray | None) -> OwnTask:
         """The task of a call that somebody watches."""
