@@ -211,8 +211,9 @@ def _run(call: Call, world: World, task: Task, number: int, arg: int) -> int | P
     if len(head) < want:  # row 6
         raise KernelError(errno.EFAULT, f"only {len(head)} of the struct's {want} bytes at {arg:#x} can be read")
     call.cmd = row.struct.unpack(call.raw)  # row 7: a missing tail reads as zero
-    for instrument in world.instruments:
-        instrument.ioctl_enter(call)
+    if world.instruments:
+        for instrument in world.instruments:
+            instrument.ioctl_enter(call)
     if world.fail_call is not None:
         world.fail_call(row.command.name, task)
     try:
@@ -223,8 +224,9 @@ def _run(call: Call, world: World, task: Task, number: int, arg: int) -> int | P
     except BaseException:  # row 9, in reverse; whatever went wrong, nothing half-made stays
         _abort(call)
         raise
-    for fd, file in call.new_file:
-        task.install_fd(fd, file)
+    if call.new_file:
+        for fd, file in call.new_file:
+            task.install_fd(fd, file)
     if call.new:
         with world.lock:
             while call.context.changing_process:  # core 4.4 row 4

@@ -24,6 +24,7 @@ from iommufd.engine.object import PUBLISHED, Object
 from iommufd.engine.pages import Pages
 from iommufd.engine.ranges import ULMAX, Ranges
 from iommufd.engine.source import FileSource
+from iommufd.engine.unmap import unmap_range
 from iommufd.errors import KernelError
 from iommufd.memory.frames import PAGE_SHIFT, PAGE_SIZE
 from iommufd.memory.intervals import IntervalIndex
@@ -38,7 +39,9 @@ if TYPE_CHECKING:
     from iommufd.engine.world import World
     from iommufd.memory.hostfile import HostFile
 
-MAP_FLAGS = u.IOMMU_IOAS_MAP_FIXED_IOVA | u.IOMMU_IOAS_MAP_WRITEABLE | u.IOMMU_IOAS_MAP_READABLE
+FIXED, WRITEABLE, READABLE = u.IOMMU_IOAS_MAP_FIXED_IOVA, u.IOMMU_IOAS_MAP_WRITEABLE, u.IOMMU_IOAS_MAP_READABLE
+MAP_FLAGS = FIXED | WRITEABLE | READABLE
+PROT = tuple((flags & WRITEABLE and WRITE) | (flags & READABLE and READ) for flags in range(MAP_FLAGS + 1))
 SYZ_FLAG = 1 << 16  # TEST builds: src_iova is "n-th area and offset" (mock-device 7)
 ENTRY = 16  # bytes of struct iommu_iova_range
 ENTRIES_AT_ONCE = 4096
@@ -159,7 +162,7 @@ def _check_map_flags(flags: int, iova: int, length: int) -> int:
     """The first checks of MAP and MAP_FILE, ``flags`` known; the protection bits of the domain."""
     if iova == ULMAX or length == ULMAX:
         raise KernelError(errno.EOVERFLOW, f"iova {iova:#x} or length {length:#x} is the largest number")
-    prot = (flags & u.IOMMU_IOAS_MAP_WRITEABLE and WRITE) | (flags & u.IOMMU_IOAS_MAP_READABLE and READ)
+    prot = PROT[flags]
     if not prot:
         raise KernelError(errno.EINVAL, "neither READABLE nor WRITEABLE is asked for")
     return prot
@@ -175,7 +178,7 @@ def ioas_map(call: Call) -> None:
         raise KernelError(errno.EOPNOTSUPP, f"unknown flags {unknown:#x}, or __reserved {cmd.reserved:#x} is not 0")
     prot = _check_map_flags(flags, cmd.iova, cmd.length)  # rows 2-3
     ioas = call.get(cmd.ioas_id, IOAS)  # row 4
-    iova = cmd.iova if flags & u.IOMMU_IOAS_MAP_FIXED_IOVA else None
+    iova = cmd.iova if flags & FIXED else None
     cmd.iova = ioas.map_user(call.task, cmd.user_va, cmd.length, iova, prot)  # rows 5-8
 
 
@@ -192,9 +195,9 @@ def ioas_map_file(call: Call) -> None:
         raise KernelError(errno.EINVAL, "the length is 0")
     if start + length - 1 > ULMAX:  # row 6
         raise KernelError(errno.EOVERFLOW, f"{length:#x} bytes at offset {start:#x} end beyond the last offset")
-    pages = _file_pages(call, cmd.fd, start, length, bool(flags & u.IOMMU_IOAS_MAP_WRITEABLE))  # rows 7-9
+    pages = _file_pages(call, cmd.fd, start, length, bool(flags & WRITEABLE))  # rows 7-9
     pieces: list[Piece] = [(pages, start % PAGE_SIZE, length)]
-    iova = cmd.iova if flags & u.IOMMU_IOAS_MAP_FIXED_IOVA else None
+    iova = cmd.iova if flags & FIXED else None
     try:
         cmd.iova = ioas.io_pagetable.map_pages(call.task, pieces, length, iova, prot)  # row 10
     finally:
@@ -258,7 +261,7 @@ def ioas_copy(call: Call) -> None:
     pieces = source.io_pagetable.pieces_of(src_iova, last)  # row 7
     try:
         target = call.get(cmd.dst_ioas_id, IOAS)  # row 8
-        iova = cmd.dst_iova if flags & u.IOMMU_IOAS_MAP_FIXED_IOVA else None
+        iova = cmd.dst_iova if flags & FIXED else None
         cmd.dst_iova = target.io_pagetable.map_pages(call.task, pieces, length, iova, prot)  # row 9
     finally:
         forget_pieces(call.world, pieces)
@@ -292,7 +295,7 @@ def ioas_unmap(call: Call) -> None:
         last = iova + length - 1
         if last > ULMAX:  # row 5
             raise KernelError(errno.EOVERFLOW, f"{length:#x} bytes at IOVA {iova:#x} end beyond the last address")
-    removed, error = table.unmap_range(iova, last)  # row 6
+    removed, error = unmap_range(table, iova, last)  # row 6
     if removed and call.world.instruments:
         call.world.event("unmap", ioas=table.ioas_id, iova=iova, length=removed)
     if error is not None:

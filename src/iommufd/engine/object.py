@@ -65,10 +65,11 @@ T = TypeVar("T", bound=Object)
 class ObjectTable:
     """ID -> object. Empty means nothing reserved, published or entombed."""
 
-    __slots__ = ("_free", "_next", "_objects", "_world")
+    __slots__ = ("_free", "_lock", "_next", "_objects", "_world")
 
     def __init__(self, world: World) -> None:
         self._world = world
+        self._lock = world.lock
         self._objects: dict[int, Object] = {}
         self._free: list[int] = []  # freed numbers below _next, a heap
         self._next = 1
@@ -126,13 +127,17 @@ class ObjectTable:
 
     def take(self, number: int, kind: type[T]) -> T | None:
         """As :meth:`get` for an object of exactly this type; None when it must be looked at more closely."""
-        with self._world.lock:
+        lock = self._lock
+        lock.acquire()  # half the price of a with statement, twice a call
+        try:
             obj = self._objects.get(number)
             if type(obj) is kind and obj.state == PUBLISHED and obj.wait > 0:
                 obj.users += 1
                 obj.wait += 1
                 return obj
-        return None
+            return None
+        finally:
+            lock.release()
 
     def get(self, number: int, *types: type[Object]) -> Object:
         """Looks up and takes ``users`` and ``wait``; ENOENT when absent, unpublished, entombed or of another type."""
@@ -150,11 +155,15 @@ class ObjectTable:
 
     def put(self, obj: Object) -> None:
         """Drops what :meth:`get` took."""
-        with self._world.lock:
+        lock = self._lock
+        lock.acquire()
+        try:
             obj.users -= 1
             obj.wait -= 1
             if obj.wait == 0:
                 self._world.changed.notify_all()
+        finally:
+            lock.release()
 
     def destroy(self, number: int) -> None:
         """IOMMU_DESTROY (core 2.5)."""

@@ -36,7 +36,8 @@ def unmap_range(table: IOPagetable, start: int, last: int) -> tuple[int, KernelE
         dead: list[Source] = []
         pinned = ours = False
         budget = UNMAP_BATCH
-        with world.lock:
+        world.lock.acquire()  # half the price of a with statement
+        try:
             if table.domains_sem.blocked or table.iova_sem.blocked or table.iova_sem.readers:
                 table.pass_removing()
             while start <= last and budget:
@@ -69,6 +70,8 @@ def unmap_range(table: IOPagetable, start: int, last: int) -> tuple[int, KernelE
                 total += start - first
                 area = None
                 budget -= 1
+        finally:
+            world.lock.release()
         if dead:
             release(dead)
         if error is not None:

@@ -15,6 +15,7 @@ import ctypes
 import errno
 import os
 import threading
+from functools import partial
 from typing import TYPE_CHECKING
 
 from iommufd.errors import KernelError
@@ -58,20 +59,17 @@ class OwnProcess:
             )
 
 
-class _CapGet:
-    """capget(2) of the calling thread with its buffers, for one call at a time."""
-
-    __slots__ = ("arguments", "data", "header")
-
-    def __init__(self) -> None:
-        self.header = _CapHeader(0x20080522, 0)
-        memory = (ctypes.c_uint32 * 6)()
-        self.data = memoryview(memory).cast("B").cast("I")
-        self.arguments = ctypes.byref(self.header), ctypes.byref(memory)
-
-
 _capget = ctypes.PyDLL(None).capget  # so short a call is not worth giving up the GIL
-_unused = [_CapGet()]
+
+
+def _new_capget() -> tuple[partial[int], memoryview]:
+    """capget(2) of the calling thread with buffers of its own, and what it fills: for one call at a time."""
+    memory = (ctypes.c_uint32 * 6)()
+    call = partial(_capget, ctypes.byref(_CapHeader(0x20080522, 0)), ctypes.byref(memory))
+    return call, memoryview(memory).cast("B").cast("I")
+
+
+_unused = [_new_capget()]
 
 
 class OwnTask:
@@ -87,6 +85,7 @@ class OwnTask:
     space: AddressSpace
     process: Process
     _owner: OwnProcess
+    _native: bool  # the process lives in the initial user namespace
     _descriptors: Descriptors
 
     def __init__(self, buffer: bytearray | None) -> None:
@@ -139,16 +138,16 @@ class OwnTask:
         """capget(2) of the calling thread, if the process lives in the initial user namespace."""
         if self._owner.pretended is not None:
             return bool(self._owner.pretended >> capability & 1)
-        if not self._owner.initial_namespace:
+        if not self._native:
             return False
         try:
             mine = _unused.pop()
         except IndexError:  # another thread is between these lines
-            mine = _CapGet()
-        _capget(*mine.arguments)
-        found = mine.data[3 if capability >> 5 else 0] >> (capability & 31) & 1
+            mine = _new_capget()
+        mine[0]()
+        found: int = mine[1][0 if capability < 32 else 3]
         _unused.append(mine)
-        return found != 0
+        return found >> (capability & 31) & 1 == 1
 
     # --- descriptors
 
@@ -182,6 +181,7 @@ def task_class(owner: OwnProcess, descriptors: Descriptors) -> type[OwnTask]:
         "space": owner.space,
         "process": owner.process,
         "_owner": owner,
+        "_native": owner.initial_namespace,
         "_descriptors": descriptors,
     }
     return type("OwnTask", (OwnTask,), shared)
