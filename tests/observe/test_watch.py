@@ -141,7 +141,7 @@ def test_mmap_of_a_file_that_cannot_be_mapped() -> None:
         watch.mmap(engine.world, File(), cast(Any, engine.task), 0x1000, 4096, 1, True)
     assert stream.getvalue() == (
         "iommufd: mmap(NULL, 4096, PROT_READ, MAP_SHARED, 3, 0x1000) = -1 ENODEV (No such device)"
-        "  # this file cannot be mapped\n"
+        "  # anon_inode:[iommufd] cannot be mapped\n"
     )
 
 
