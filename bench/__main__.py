@@ -114,6 +114,36 @@ def sizes(loops: Loops) -> Iterator[Figure]:
     yield Figure("memory of an area, mock domain", filled["bytes-per-area"], "bytes", limit=700)
 
 
+def dirty(loops: Loops) -> Iterator[Figure]:
+    """128 GiB in pages of 4 KiB, one in a hundred dirty at random; the bitmap is 4 MiB. memcpy moves as much between
+    two buffers of the program that both were touched before (the source just now, by us)."""
+    runs = [loops.ours("dirty", 128, machine="mock") for _ in range(3)]
+    yield Figure("memcpy of 4 MiB", median(run["memcpy"] for run in runs) / 1000)
+    for key, name in (("get-dirty", "GET_DIRTY_BITMAP"), ("get-dirty-no-clear", "GET_DIRTY_BITMAP, NO_CLEAR")):
+        value, ratio = median(run[key] for run in runs), median(run[key] / run["memcpy"] for run in runs)
+        yield Figure(f"{name} of 128 GiB", value / 1000, ratio=ratio, to="memcpy", limit=20)
+
+
+def copies(loops: Loops) -> Iterator[Figure]:
+    """ACCESS_RW of 1 MiB of pinned memory, against the two copies it cannot do without: one in, one out."""
+    runs = [loops.ours("rw", 20, machine="mock") for _ in range(5)]
+    yield Figure("process_vm_readv + writev of 1 MiB", median(run["process-vm"] for run in runs) / 1000)
+    for key, name in (("rw-read", "ACCESS_RW, reads 1 MiB"), ("rw-write", "ACCESS_RW, writes 1 MiB")):
+        value, ratio = median(run[key] for run in runs), median(run[key] / run["process-vm"] for run in runs)
+        yield Figure(name, value / 1000, ratio=ratio, to="readv + writev", limit=1 / 0.8)
+
+
+def busy(loops: Loops) -> Iterator[Figure]:
+    """Single calls while a device model in Python computes all the time, in a thread of the supervisor."""
+    command = [sys.executable, "-m", "bench.busy"]
+    alone = [loops.run(["alloc"], [*command, "idle"]) for _ in range(3)]
+    beside = [loops.run(["alloc"], [*command, "busy"]) for _ in range(3)]
+    for key, name in (("alloc", "IOAS_ALLOC"), ("destroy", "DESTROY")):
+        floor, value = median(run[key] for run in alone), median(run[key] for run in beside)
+        yield Figure(name, floor / 1000)
+        yield Figure(f"{name}, beside a busy device", value / 1000, ratio=value / floor, to="alone", limit=10)
+
+
 def elapsed(command: Sequence[str], times: int = 11) -> float:
     """The median wall time of ``command`` in milliseconds, after a first run that is not counted."""
     taken = []
@@ -150,7 +180,7 @@ def pin_tracking(loops: Loops) -> Iterator[Figure]:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="bench", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--check", action="store_true", help="exit with 1 if a figure is beyond its limit")
-    parser.add_argument("part", nargs="*", help="parts to run: calls, sizes, starting, pins, and those of other rooms")
+    parser.add_argument("part", nargs="*", help="parts to run: calls, sizes, dirty, copies, busy, starting, pins")
     options = parser.parse_args(argv)
     beyond = 0
     with tempfile.TemporaryDirectory(prefix="iommufd-bench-") as folder:
@@ -158,6 +188,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         parts: dict[str, Callable[[], Iterator[Figure]]] = {
             "calls": lambda: calls(loops),
             "sizes": lambda: sizes(loops),
+            "dirty": lambda: dirty(loops),
+            "copies": lambda: copies(loops),
+            "busy": lambda: busy(loops),
             "starting": lambda: starting(Path(folder)),
             "pins": lambda: pin_tracking(loops),
         }

@@ -8,6 +8,8 @@
  *	loop map-large [N]	256 MiB and 4 KiB with a mock domain
  *	loop map-areas N M	MAP fixed and automatic of 4 KiB with N live areas, M times; then the supervisor's RssAnon
  *	loop map-areas-domain N M	the same with a mock domain
+ *	loop dirty GIB		GET_DIRTY_BITMAP of GIB GiB in pages of 4 KiB, one in a hundred dirty, and memcpy of its bitmap
+ *	loop rw [N]		ACCESS_RW of 1 MiB each way, and process_vm_readv + process_vm_writev of as much
  *	loop memory [N]		what pin tracking costs: small and large malloc, touch and MADV_DONTNEED
  *
  * Each line of the output is a name and a number. No header of the uAPI is needed to build it.
@@ -21,6 +23,8 @@
 #include <string.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
+#include <sys/uio.h>
+#include <sys/wait.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -29,6 +33,10 @@
 #define IOAS_ALLOC NR(0x81)
 #define IOAS_MAP NR(0x85)
 #define IOAS_UNMAP NR(0x86)
+#define OPTION NR(0x87)
+#define HWPT_ALLOC NR(0x89)
+#define SET_DIRTY NR(0x8b)
+#define GET_DIRTY NR(0x8c)
 #define TEST_CMD NR(0xa0)
 #define FIXED_IOVA 1
 #define READABLE 4
@@ -40,6 +48,14 @@ struct ioas_alloc { uint32_t size, flags, out_ioas_id; };
 struct ioas_map { uint32_t size, flags, ioas_id, reserved; uint64_t user_va, length, iova; };
 struct ioas_unmap { uint32_t size, ioas_id; uint64_t iova, length; };
 struct mock_domain { uint32_t size, op, id, reserved, out_stdev, out_hwpt, out_idev, pad[9]; uint32_t last, tail; };
+
+struct option { uint32_t size, id; uint16_t op, reserved; uint32_t object; uint64_t value; };
+struct hwpt_alloc { uint32_t size, flags, dev, pt, out, reserved, type, length; uint64_t data; uint32_t fault, tail; };
+struct set_dirty { uint32_t size, flags, hwpt, reserved; };
+struct get_dirty { uint32_t size, hwpt, flags, reserved; uint64_t iova, length, page, data; };
+struct mark_dirty { uint32_t size, op, id, reserved, flags, pad; uint64_t iova, length, page, bits, out; uint32_t last, tail; };
+struct access { uint32_t size, op, id, reserved, out_fd, flags, pad[10]; uint32_t last, tail; };
+struct access_rw { uint32_t size, op, id, reserved; uint64_t iova, length, va; uint32_t flags, pad[5]; uint32_t last, tail; };
 
 static int fd;
 
@@ -107,12 +123,13 @@ static void unmap(uint32_t ioas, uint64_t iova, uint64_t length)
 		fail("IOAS_UNMAP");
 }
 
-static void attach_mock(uint32_t ioas)
+static uint32_t attach_mock(uint32_t ioas)
 {
 	struct mock_domain cmd = { .size = sizeof(cmd), .op = 2, .id = ioas };
 
 	if (ioctl(fd, TEST_CMD, &cmd))
 		fail("a mock domain (is this machine mock?)");
+	return cmd.out_idev;
 }
 
 static void *memory(uint64_t length)
@@ -306,6 +323,154 @@ static void heap(long n)
 	       median(given, ROUNDS));
 }
 
+/* A page table of the mock's large format (4 KiB pages, 256 GiB of IOVAs) that tracks what is dirty. */
+static uint32_t tracking(uint32_t ioas, uint32_t dev)
+{
+	uint32_t data[2] = { 0, 1 };
+	struct hwpt_alloc cmd = { .size = sizeof(cmd), .flags = 2, .dev = dev, .pt = ioas, .type = 0xdead,
+				  .length = sizeof(data), .data = (uintptr_t)data };
+	struct set_dirty on = { .size = sizeof(on), .flags = 1 };
+
+	if (ioctl(fd, HWPT_ALLOC, &cmd))
+		fail("HWPT_ALLOC");
+	on.hwpt = cmd.out;
+	if (ioctl(fd, SET_DIRTY, &on))
+		fail("SET_DIRTY_TRACKING");
+	return cmd.out;
+}
+
+static void dirty(uint64_t gib)
+{
+	enum { PIECE = 1 << 17 };	/* pages marked at a time */
+	struct option small = { .size = sizeof(small), .id = 1, .op = 0 };
+	uint64_t length = gib << 30, pages = length >> 12, bytes = pages / 8;
+	uint32_t spare = alloc(), ioas = alloc(), hwpt;
+	unsigned char *bits = memory(bytes), *copy = memory(bytes), *marks = memory(PIECE / 8);
+	double got[9], kept[9], copied[9];
+	unsigned int seed = 1;
+	char *va;
+
+	va = mmap(NULL, length, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+	if (va == MAP_FAILED)
+		fail("mmap");
+	small.object = ioas;
+	if (ioctl(fd, OPTION, &small))
+		fail("OPTION");
+	hwpt = tracking(ioas, attach_mock(spare));
+	map(ioas, va, length, 0, 1);
+	memset(bits, 0, bytes);
+	memset(copy, 0, bytes);
+	for (int r = 0; r < 9; r++) {
+		struct get_dirty get = { .size = sizeof(get), .hwpt = hwpt, .flags = 1, .length = length, .page = 4096,
+					 .data = (uintptr_t)bits };
+		uint64_t found = 0, start;
+
+		for (uint64_t at = 0; at < pages; at += PIECE) {
+			struct mark_dirty mark = { .size = sizeof(mark), .op = 13, .id = hwpt, .iova = at << 12,
+						   .length = (uint64_t)PIECE << 12, .page = 4096,
+						   .bits = (uintptr_t)marks };
+
+			memset(marks, 0, PIECE / 8);
+			for (int i = 0; i < PIECE / 100; i++) {
+				uint32_t page = rand_r(&seed) % PIECE;
+
+				marks[page / 8] |= 1 << page % 8;
+			}
+			if (ioctl(fd, TEST_CMD, &mark))
+				fail("DIRTY");
+		}
+		start = now();
+		if (ioctl(fd, GET_DIRTY, &get))
+			fail("GET_DIRTY_BITMAP without clearing");
+		kept[r] = now() - start;
+		memset(bits, 0, bytes);
+		get.flags = 0;
+		start = now();
+		if (ioctl(fd, GET_DIRTY, &get))
+			fail("GET_DIRTY_BITMAP");
+		got[r] = now() - start;
+		for (uint64_t i = 0; i < bytes; i++)
+			found += __builtin_popcount(bits[i]);
+		if (found < pages / 100 * 98 / 100 || found > pages / 100) {
+			fprintf(stderr, "loop: %lu dirty pages are not one in a hundred of %lu\n", found, pages);
+			exit(1);
+		}
+		start = now();
+		memcpy(copy, bits, bytes);
+		__asm__ volatile("" : : "r"(copy) : "memory");
+		copied[r] = now() - start;
+		memset(bits, 0, bytes);
+	}
+	printf("get-dirty %.0f\nget-dirty-no-clear %.0f\nmemcpy %.0f\n", median(got, 9), median(kept, 9),
+	       median(copied, 9));
+}
+
+static void rw(long n)
+{
+	enum { LENGTH = 1 << 20 };
+	uint32_t ioas = alloc();
+	char *device = mmap(NULL, LENGTH, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	char *buffer = mmap(NULL, LENGTH, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	char *between = mmap(NULL, LENGTH, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	struct access make = { .size = sizeof(make), .op = 5, .id = ioas };
+	double in[ROUNDS], out[ROUNDS], moved[ROUNDS];
+	int both[2];
+	pid_t child;
+	char byte;
+
+	if (device == MAP_FAILED || buffer == MAP_FAILED || between == MAP_FAILED || pipe(both))
+		fail("mmap or pipe");
+	memset(device, 1, LENGTH);
+	memset(buffer, 2, LENGTH);
+	memset(between, 3, LENGTH);
+	child = fork();
+	if (child == 0) {
+		close(both[1]);
+		memset(device, 4, LENGTH);	/* its own pages */
+		memset(buffer, 5, LENGTH);
+		_exit(read(both[0], &byte, 1) < 0);
+	}
+	attach_mock(ioas);
+	map(ioas, device, LENGTH, 0x1000000, 1);
+	if (ioctl(fd, TEST_CMD, &make))
+		fail("CREATE_ACCESS");
+	for (int r = 0; r < ROUNDS; r++) {
+		struct access_rw cmd = { .size = sizeof(cmd), .op = 8, .id = make.out_fd, .iova = 0x1000000,
+					 .length = LENGTH, .va = (uintptr_t)buffer };
+		struct iovec ours = { between, LENGTH }, from = { device, LENGTH }, to = { buffer, LENGTH };
+		uint64_t start = 0;
+
+		/* the first of each kind is not counted: it finds the memory of the others in the caches */
+		for (long i = 0; i <= n; i++) {
+			if (ioctl(fd, TEST_CMD, &cmd))
+				fail("ACCESS_RW");
+			if (i == 0)
+				start = now();
+		}
+		in[r] = (double)(now() - start) / n;
+		cmd.flags = 1;
+		for (long i = 0; i <= n; i++) {
+			if (ioctl(fd, TEST_CMD, &cmd))
+				fail("ACCESS_RW");
+			if (i == 0)
+				start = now();
+		}
+		out[r] = (double)(now() - start) / n;
+		for (long i = 0; i <= n; i++) {
+			if (process_vm_readv(child, &ours, 1, &from, 1, 0) != LENGTH ||
+			    process_vm_writev(child, &ours, 1, &to, 1, 0) != LENGTH)
+				fail("process_vm_readv and writev");
+			if (i == 0)
+				start = now();
+		}
+		moved[r] = (double)(now() - start) / n;
+	}
+	close(both[1]);
+	waitpid(child, NULL, 0);
+	printf("rw-read %.0f\nrw-write %.0f\nprocess-vm %.0f\n", median(in, ROUNDS), median(out, ROUNDS),
+	       median(moved, ROUNDS));
+}
+
 int main(int argc, char **argv)
 {
 	const char *what = argc > 1 ? argv[1] : "";
@@ -332,8 +497,12 @@ int main(int argc, char **argv)
 		areas(n, argc > 3 ? atol(argv[3]) : 100, 0);
 	else if (!strcmp(what, "map-areas-domain"))
 		areas(n, argc > 3 ? atol(argv[3]) : 100, 1);
+	else if (!strcmp(what, "dirty"))
+		dirty(n);
+	else if (!strcmp(what, "rw"))
+		rw(n);
 	else {
-		fprintf(stderr, "usage: loop call|alloc|map|map-domain|map-large|map-areas|map-areas-domain|memory [N [M]]\n");
+		fprintf(stderr, "usage: loop call|alloc|map|map-domain|map-large|map-areas|map-areas-domain|dirty|rw|memory [N [M]]\n");
 		return 2;
 	}
 	return 0;

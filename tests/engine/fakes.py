@@ -147,6 +147,9 @@ class FakeHost:
     def alive(self) -> bool:
         return self.is_alive
 
+    def exec_coming(self) -> None:
+        pass
+
     def close(self) -> None:
         pass
 

@@ -141,5 +141,8 @@ class FakeHost:
     def alive(self) -> bool:
         return not self.dead
 
+    def exec_coming(self) -> None:
+        pass
+
     def close(self) -> None:
         self.dead = True

@@ -538,6 +538,31 @@ def test_reading_never_reaches_the_next_program(child: Child) -> None:
     assert not child.space.alive
 
 
+def test_large_device_copies(child: Child) -> None:
+    """By process number where that comes to the same; protections do not count, and neither does an announced exec."""
+    size = 64 * P
+    va = child.number(f"mmap({size})")
+    data = os.urandom(size)
+    for announced in (False, True):
+        if announced:
+            child.space.save()
+        assert child.host.poke(va, memoryview(data)[:-1]) == size - 1
+        assert child(f"get({va}, {size})") == data[:-1] + bytes(1)
+        assert child.host.peek(va, size) == data[:-1] + bytes(1)
+        child(f"mprotect({va}, {size}, 0)")
+        assert child.host.peek(va, size) == data[:-1] + bytes(1)
+        assert child.host.poke(va, bytearray(size)) == size
+        child(f"mprotect({va}, {size}, R | W)")
+        assert child(f"get({va}, {size})") == bytes(size)
+    assert len(child.host.peek(va + P, size)) < size or child.host.query(va + size)
+    old = child.host
+    with contextlib.suppress(Exception):
+        child("os.execv(sys.executable, [sys.executable, '-c', ''])")
+    child.process.wait()
+    assert old.peek(va, size) == b""
+    assert old.poke(va, data) == 0
+
+
 def test_nothing_is_left_for_the_cyclic_collector(own: Own) -> None:
     """design 7: the supervisor runs without it. (Each length of a ctypes array is a type, and a type is a cycle.)"""
 

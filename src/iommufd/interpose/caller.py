@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 
 from iommufd.errors import KernelError
 from iommufd.interpose.libc import libc, pidfd_getfd, pidfd_open
+from iommufd.memory.proc import unfilled
 
 if TYPE_CHECKING:
     from iommufd.engine.file import File
@@ -69,7 +70,7 @@ class CallerMemory:
                     self._diagnose()
                 return b""
             return bytes(self._view[:got])
-        data = bytes(count)  # filled in place, before anybody else can see it: a copy would cost as much as the read
+        data = unfilled(count)  # filled in place: a copy would cost as much as the read
         done = self._long(_readv, _address_of(data), addr, count)
         return data if done == count else data[:done]
 

@@ -361,6 +361,7 @@ class AddressSpace:
     def save(self) -> None:
         """An exec is about to be tried: copies what is pinned aside, for :meth:`gone` when the exec has happened. The
         addresses stay what they are until then; a failed exec costs the copy only, till the next one."""
+        self.host.exec_coming()
         self._forget_saved()
         with self._lock:
             parts = [part for part in self._pinned(0, PAGE_END - 1) if part[0].file is None]

@@ -90,6 +90,9 @@ class Host(Protocol):
     def open_file(self, vma: Vma) -> int | None:
         """A new descriptor of the file (``vma.dev``, ``vma.ino``), or None when the process has none to offer."""
 
+    def exec_coming(self) -> None:
+        """An exec is about to be tried; what copies by process number must stop doing so."""
+
     def mlocked_pages(self) -> int:
         """Pages the process itself has locked (mlock)."""
 
