@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 
-from iommufd.engine.dispatch import Call, Handler, Respond
+from iommufd.engine.dispatch import Call, Handler, Respond, unsupported
 from iommufd.engine.hwpt import HwptPaging
 from iommufd.engine.iova_bitmap import IovaBitmap
 from iommufd.engine.ranges import ULMAX
@@ -39,7 +39,7 @@ def hwpt_get_dirty_bitmap(call: Call) -> None:
     cmd = call.cmd
     assert isinstance(cmd, u.iommu_hwpt_get_dirty_bitmap)
     if cmd.flags & ~u.IOMMU_HWPT_GET_DIRTY_BITMAP_NO_CLEAR or cmd.reserved:  # step 1
-        raise KernelError(errno.EOPNOTSUPP, f"unknown flags {cmd.flags:#x}, or __reserved {cmd.reserved:#x} is not 0")
+        raise unsupported(cmd.flags & ~u.IOMMU_HWPT_GET_DIRTY_BITMAP_NO_CLEAR, cmd.reserved)
     hwpt = call.get(cmd.hwpt_id, HwptPaging)  # step 2
     table = hwpt.ioas.io_pagetable
     iova, length, page_size = cmd.iova, cmd.length, cmd.page_size

@@ -152,6 +152,11 @@ def build_table(rows: list[tuple[Command, Handler, Respond]], release: tuple[int
     return {c.number: Row(c, handler, respond, release) for c, handler, respond in rows if c.since <= release}
 
 
+def unsupported(unknown: int, reserved: int) -> KernelError:
+    """For commands that refuse flags they do not know and reserved members in one step."""
+    return KernelError(errno.EOPNOTSUPP, f"unknown flags {unknown:#x}" if unknown else f"__reserved {reserved:#x} is not 0")
+
+
 def find_nonzero(task: Task, start: int, end: int) -> None:
     """core 1.3 row 5: every byte of ``[start, end)`` must be zero; ascending, so a nonzero byte beats a later fault."""
     while start < end:

@@ -15,7 +15,7 @@ import threading
 from typing import TYPE_CHECKING
 
 from iommufd.engine.area import READ, WRITE, forget_pieces
-from iommufd.engine.dispatch import Call, Handler, Respond
+from iommufd.engine.dispatch import Call, Handler, Respond, unsupported
 from iommufd.engine.dmabuf import DmaBufFile, dmabuf_pages
 from iommufd.engine.failpoints import SLAB
 from iommufd.engine.file import File
@@ -174,8 +174,7 @@ def ioas_map(call: Call) -> None:
     assert isinstance(cmd, u.iommu_ioas_map)
     flags = cmd.flags
     if flags & ~MAP_FLAGS or cmd.reserved:  # row 1
-        unknown = flags & ~MAP_FLAGS
-        raise KernelError(errno.EOPNOTSUPP, f"unknown flags {unknown:#x}, or __reserved {cmd.reserved:#x} is not 0")
+        raise unsupported(flags & ~MAP_FLAGS, cmd.reserved)
     prot = _check_map_flags(flags, cmd.iova, cmd.length)  # rows 2-3
     ioas = call.get(cmd.ioas_id, IOAS)  # row 4
     iova = cmd.iova if flags & FIXED else None

@@ -6,7 +6,7 @@ import errno
 from typing import TYPE_CHECKING, cast
 
 from iommufd.engine.area import gap_sentence
-from iommufd.engine.dispatch import Call, Handler, Respond
+from iommufd.engine.dispatch import Call, Handler, Respond, unsupported
 from iommufd.engine.ioas import IOAS
 from iommufd.engine.ranges import ULMAX
 from iommufd.engine.task import CAP_SYS_RAWIO
@@ -31,7 +31,7 @@ def ioas_noiommu_get_pa(call: Call) -> None:
     if not call.task.capable(CAP_SYS_RAWIO):  # row 1
         raise KernelError(errno.EPERM, "physical addresses are for those with CAP_SYS_RAWIO")
     if cmd.flags or cmd.reserved:  # row 2
-        raise KernelError(errno.EOPNOTSUPP, f"unknown flags {cmd.flags:#x}, or __reserved {cmd.reserved:#x} is not 0")
+        raise unsupported(cmd.flags, cmd.reserved)
     if cmd.length == 0:  # row 3
         raise KernelError(errno.EINVAL, "the length is 0")
     if cmd.iova == ULMAX:  # row 4
