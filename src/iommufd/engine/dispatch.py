@@ -154,7 +154,8 @@ def build_table(rows: list[tuple[Command, Handler, Respond]], release: tuple[int
 
 def unsupported(unknown: int, reserved: int) -> KernelError:
     """For commands that refuse flags they do not know and reserved members in one step."""
-    return KernelError(errno.EOPNOTSUPP, f"unknown flags {unknown:#x}" if unknown else f"__reserved {reserved:#x} is not 0")
+    why = f"unknown flags {unknown:#x}" if unknown else f"__reserved {reserved:#x} is not 0"
+    return KernelError(errno.EOPNOTSUPP, why)
 
 
 def find_nonzero(task: Task, start: int, end: int) -> None:
