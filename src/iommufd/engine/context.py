@@ -10,7 +10,7 @@ from __future__ import annotations
 import errno
 from typing import TYPE_CHECKING
 
-from iommufd.engine.dispatch import FIRST_NR, dispatch
+from iommufd.engine.dispatch import FIRST_NR, Call, dispatch, run
 from iommufd.engine.file import File, Pending
 from iommufd.engine.mmap import MmapStore, check_mapping, map_region, mapping_closed, mapping_opened
 from iommufd.engine.object import ObjectTable
@@ -57,13 +57,15 @@ class Context(File):
 
     def ioctl(self, task: Task, cmd: int, arg: int) -> int | Pending:
         """core 1.3: the native table by ``nr``, everything else to the VFIO-compatible commands."""
-        nr = cmd & 0xFF
-        if nr < FIRST_NR or nr > self.world.top_nr:  # row 1
-            compat = self.world.compat_ioctl
+        nr, world = cmd & 0xFF, self.world
+        if nr < FIRST_NR or nr > world.top_nr:  # row 1
+            compat = world.compat_ioctl
             if compat is None:
                 raise KernelError(errno.ENOTTY, f"there is no command {cmd:#x}")
             return compat(self, task, cmd, arg)
-        return dispatch(self, task, cmd, arg)
+        if world.instruments:
+            return dispatch(self, task, cmd, arg)
+        return run(Call(self, world, task, cmd, arg), world, task, cmd, arg)
 
     def mmap(self, task: Task, offset: int, length: int, prot: int, shared: bool) -> tuple[int, int]:
         """core 1.7. In the store every region lies at the offset it is mapped at."""

@@ -171,20 +171,17 @@ def find_nonzero(task: Task, start: int, end: int) -> None:
 
 
 def dispatch(context: Context, task: Task, number: int, arg: int) -> int | Pending:
-    """core 1.3 rows 2-9 for a command number inside the table's range."""
+    """core 1.3 rows 2-9 for a command number inside the table's range, told to whoever watches."""
     world = context.world
     call = Call(context, world, task, number, arg)
-    instruments = world.instruments
     try:
-        result = _run(call, world, task, number, arg)
+        result = run(call, world, task, number, arg)
     except KernelError as error:
-        if instruments:
-            _tell(call, -1, error)
+        _tell(call, -1, error)
         raise
-    if instruments:
-        if isinstance(result, Pending):
-            return result.watched(lambda answer: _tell(call, answer.result, answer.error))
-        _tell(call, result, None)
+    if isinstance(result, Pending):
+        return result.watched(lambda answer: _tell(call, answer.result, answer.error))
+    _tell(call, result, None)
     return result
 
 
@@ -195,7 +192,8 @@ def _tell(call: Call, result: int | None, error: KernelError | None) -> None:
         instrument.ioctl_exit(call, -1 if result is None else result, error)
 
 
-def _run(call: Call, world: World, task: Task, number: int, arg: int) -> int | Pending:
+def run(call: Call, world: World, task: Task, number: int, arg: int) -> int | Pending:
+    """The same for a fresh ``call`` that nobody watches."""
     row = world.table.get(number)
     full = row.full if row is not None else 4
     head = task.read_upto(arg, full)
@@ -240,11 +238,8 @@ def _run(call: Call, world: World, task: Task, number: int, arg: int) -> int | P
             for obj in call.new:
                 call.context.objects.publish(obj)
             world.wake()  # an unbind may wait for the vDEVICE it must take along
-    held = call.held
-    if held:
-        put = call.context.objects.put
-        for obj in held:
-            put(obj)
+    for obj in call.held:
+        call.context.objects.put(obj)
     return 0 if result is None else result
 
 
