@@ -48,3 +48,15 @@ def test_as_a_program(machine: str) -> None:
     done = subprocess.run([*run, *program], capture_output=True, text=True, timeout=120, check=False, cwd=ROOT)
     assert (done.returncode, done.stderr) == (0, ""), done
     assert len(done.stdout.split(",")) > 8
+
+
+@pytest.mark.interposed
+def test_descriptors_closed_under_those_who_use_them() -> None:
+    """The program hears what a descriptor that is gone, or is another's by now, has to say; the supervisor nothing."""
+    run = [sys.executable, "-m", "iommufd", "run", "--machine", "mock", "--"]
+    program = [sys.executable, "-m", "tests.stress.closing", "1.5"]
+    done = subprocess.run([*run, *program], capture_output=True, text=True, timeout=120, check=False, cwd=ROOT)
+    assert (done.returncode, done.stderr) == (0, ""), done
+    used, *errnos = done.stdout.split()
+    assert used == "True"
+    assert set(errnos) <= {"EBADF", "EBADFD", "ENOENT", "EINVAL", "EBUSY", "EEXIST", "ENOTTY"}
