@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from iommufd.errors import KernelError
 from iommufd.observe.pointers import POINTERS
 from iommufd.observe.record import Memory, NewFile, Record
+from iommufd.uapi.iommufd import iommu_ioas_map
 
 if TYPE_CHECKING:
     from iommufd.engine.dispatch import Call
@@ -69,6 +70,17 @@ def read_memory(task: Task, value: Struct, written: bool) -> tuple[Memory, ...]:
     except (KernelError, OSError):
         data = b""
     return (Memory(pointer.field, addr, size, bytes(data)),)
+
+
+def huge_page_size(task: Task, value: Struct) -> int:
+    """The page size of the memory an IOAS_MAP names, if it is in huge pages; 0 otherwise."""
+    if not isinstance(value, iommu_ioas_map):
+        return 0
+    try:
+        vma = task.space.host.query(value.user_va)
+    except (KernelError, OSError):
+        return 0
+    return vma.page_size if vma is not None and vma.order and vma.start <= value.user_va else 0
 
 
 def who(record: Record, task: Task | None) -> None:

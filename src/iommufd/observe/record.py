@@ -39,7 +39,8 @@ class Record:
 
     ioctl: ``number``, ``arg``; ``raw`` the struct's known bytes as copied in (empty when that failed), ``size`` what
     its first member said; ``memory`` what its pointers led to; ``out`` the struct as given back (empty when nothing
-    was), and ``out_memory``. open: ``path``, ``flags``. read, write: ``arg`` the buffer, ``size`` bytes asked,
+    was), and ``out_memory``; ``page_size`` of the memory behind ``user_va``
+    where it is in huge pages, else 0. open: ``path``, ``flags``. read, write: ``arg`` the buffer, ``size`` bytes asked,
     ``raw`` bytes moved. mmap: ``offset``, ``size``, ``flags`` (PROT_*). ``files`` are descriptors the call made.
     """
 
@@ -57,6 +58,7 @@ class Record:
         "offset",
         "out",
         "out_memory",
+        "page_size",
         "path",
         "pid",
         "raw",
@@ -79,6 +81,7 @@ class Record:
         self.path = ""
         self.raw = b""
         self.memory: tuple[Memory, ...] = ()
+        self.page_size = 0
         self.out = b""
         self.out_memory: tuple[Memory, ...] = ()
         self.files: tuple[NewFile, ...] = ()

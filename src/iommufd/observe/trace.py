@@ -86,6 +86,8 @@ def _ioctl_to_json(record: Record, line: dict[str, Any]) -> None:
             line["out_raw"] = record.out.hex()
     if record.memory:
         line["memory"] = [_memory_to_json(m) for m in record.memory]
+    if record.page_size:
+        line["page_size"] = record.page_size
     if record.out_memory:
         line["out_memory"] = [_memory_to_json(m) for m in record.out_memory]
     if record.files:
@@ -116,6 +118,7 @@ def from_json(line: dict[str, Any]) -> Record:
     record.path = line.get("path", "")
     record.raw = bytes.fromhex(line.get("raw", ""))
     record.out = bytes.fromhex(line.get("out_raw", ""))
+    record.page_size = int(line.get("page_size", 0))
     record.memory = tuple(_memory_from_json(m) for m in line.get("memory", ()))
     record.out_memory = tuple(_memory_from_json(m) for m in line.get("out_memory", ()))
     record.files = tuple(NewFile(f["fd"], f["file"], f["kind"]) for f in line.get("files", ()))
@@ -194,7 +197,9 @@ class TraceWriter(Instrument):
         record = capture.start_ioctl(call, self._files)
         cls = struct_of(call.number, record.kind, call.raw)
         if cls is not None:
-            record.memory = capture.read_memory(call.task, cls.unpack(call.raw), written=False)
+            value = cls.unpack(call.raw)
+            record.memory = capture.read_memory(call.task, value, written=False)
+            record.page_size = capture.huge_page_size(call.task, value)
         record.time = time.perf_counter() - self._zero
         self._begun[id(call)] = record
 

@@ -9,7 +9,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -50,16 +50,16 @@ def check_backend(
     *,
     only: Iterable[str] = (),
     have: Iterable[str] | None = None,
-    system: System | None = None,
+    system: Callable[[], System] | None = None,
 ) -> BackendReport:
     """Runs the conformance functions on ``backend``, one after the other, each from a fresh open of ``/dev/iommu``.
 
     The backend must have the kernel's test hardware (IOMMU_TEST_CMD). ``only``: parts of names of checks, such as
     ``"ioas_map"``. ``have``: what the backend offers beyond that, of ``root`` and ``capabilities`` (all of them),
     ``hugepages``, ``processes``, ``vtd``, ``noiommu``; checks that need more are skipped (default: ``root`` if we are).
-    ``system``: the process as the backend must be told of it, for backends in this process that cannot see memory go
-    (default: an operating system does; a SoftwareBackend is told). Whatever a backend raises but OSError is a failure
-    of the check, not of this function.
+    ``system()`` makes the process as the backend must be told of it, for backends in this process that cannot see
+    memory go (default: an operating system does; a SoftwareBackend is told). Whatever a backend raises but OSError is
+    a failure of the check, not of this function.
 
     TypeError for what is no backend, ValueError for names that mean nothing, RuntimeError without test hardware."""
     missing = [name for name in METHODS if not callable(getattr(backend, name, None))]
@@ -85,7 +85,7 @@ def check_backend(
             report.skipped[check.name] = f"needs {', '.join(sorted(lacking))}"
             continue
         try:
-            failure = play(check, Subject(backend, system))[0]
+            failure = play(check, Subject(backend, system()))[0]
         except Exception as error:
             failure = f"{type(error).__name__}: {error}"
         if failure is None:
@@ -95,16 +95,18 @@ def check_backend(
     return report
 
 
-def _system_of(backend: Backend) -> System | None:
+def _system_of(backend: Backend) -> Callable[[], System]:
+    from iommufd.testing.system import System
+
     if type(backend).__module__.startswith("iommufd.client.backends.kernel"):
-        return None
+        return System
     from iommufd.client.backends.software import SoftwareBackend
 
     if not isinstance(backend, SoftwareBackend):
-        return None
+        return System
     from iommufd.testing.software import SoftwareSystem
 
-    return SoftwareSystem(backend)
+    return lambda: SoftwareSystem(backend)
 
 
 def _require_test_hardware(backend: Backend) -> None:
