@@ -19,7 +19,7 @@ PUBLIC = """
 
 METHODS = {
     "Context": """adopt alloc_fault_queue alloc_ioas backend change_process close close_fd closed devices do failure
-        fileno ioctl mmap name objects open_device poll read rlimit_mode vfio_ioas write""",
+        fileno ioctl ioctl_many mmap name objects open_device poll read rlimit_mode vfio_ioas write""",
     "IOAS": """alloc_hwpt allow close closed context copy_to destroy devices huge_pages id iova_alignment iova_ranges
     kind
         map map_file map_many mappings number physical unmap unmap_all""",

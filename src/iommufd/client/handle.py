@@ -15,7 +15,7 @@ from __future__ import annotations
 import errno
 import os
 import weakref
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from iommufd.client.calls import refused, show
 from iommufd.client.errors import IommufdError
@@ -57,6 +57,23 @@ class Handle:
             return self._call(self._fd, cmd, arg)
         except FAILURES as error:
             raise self.failure(error, cmd, arg) from None
+
+    def ioctl_many(self, cmd: int, data: bytearray, size: int, done: list[int]) -> None:
+        """One ioctl after another on the structs of ``size`` bytes in ``data``, from number ``done[0]`` on, which
+        counts them; stops at the first that fails, with its error. In one go where the backend can."""
+        many: Any = getattr(self.backend, "ioctl_many", None)
+        try:
+            if many is not None:
+                many(self._fd, cmd, data, size, done)
+                return
+            while done[0] * size < len(data):
+                at = done[0] * size
+                one = data[at : at + size]
+                self._call(self._fd, cmd, one)
+                data[at : at + size] = one
+                done[0] += 1
+        except FAILURES as error:
+            raise self.failure(error, cmd, data[done[0] * size : (done[0] + 1) * size]) from None
 
     def read(self, count: int, offset: int | None = None) -> bytes:
         """read(2) or, with an ``offset``, pread(2): up to ``count`` bytes."""

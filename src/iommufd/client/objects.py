@@ -3,9 +3,8 @@
 Invariants:
 
 * An object belongs to its context until it is destroyed or the context closes; dropping the Python variable does
-nothing.
-  Its number is in ``_id`` while it lives and 0 (which names nothing) from then on, so a call on a dead object is
-  refused whoever has its number now.
+  nothing. Its number is in ``_id`` while it lives and 0 (which names nothing) from then on, so a call on a dead object
+  is refused whoever has its number now.
 * ``children`` are the objects that hold this one in the kernel (a HWPT holds its IOAS): :meth:`Object.close` closes
   them first, newest first. :meth:`Object.destroy` is the bare IOMMU_DESTROY, EBUSY while anything holds the object.
 * Of several threads that end an object at once, one does; the others see it closed.
