@@ -177,10 +177,17 @@ def pin_tracking(loops: Loops) -> Iterator[Figure]:
         yield Figure(f"{key}, --no-pin-tracking", free[key] / 1000, ratio=free[key] / alone[key], to="alone")
 
 
+def client() -> Iterator[Figure]:
+    """The Python client, in process."""
+    from bench.client_bench import figures
+
+    yield from figures()
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="bench", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--check", action="store_true", help="exit with 1 if a figure is beyond its limit")
-    parser.add_argument("part", nargs="*", help="parts to run: calls, sizes, dirty, copies, busy, starting, pins")
+    parser.add_argument("part", nargs="*", help="parts to run: calls, sizes, dirty, copies, busy, starting, pins, client")
     options = parser.parse_args(argv)
     beyond = 0
     with tempfile.TemporaryDirectory(prefix="iommufd-bench-") as folder:
@@ -193,6 +200,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             "busy": lambda: busy(loops),
             "starting": lambda: starting(Path(folder)),
             "pins": lambda: pin_tracking(loops),
+            "client": client,
         }
         for name, part in parts.items():
             if options.part and name not in options.part:

@@ -1,8 +1,8 @@
 """What the client costs in process: ``python -m bench.client_bench``, and the part "client" of ``make bench``.
 
-The floor is ``fcntl.ioctl`` on a pipe, the cheapest ioctl Python can make. Every figure is the best of many short rounds,
-in turns with the floor: on a busy machine only the best round shows what the code itself costs. Limits are ratios to the
-floor, from 25 µs and 12 µs on a machine whose floor is 0.4 µs.
+The floor is ``fcntl.ioctl`` on a pipe, the cheapest ioctl Python can make. Every figure is the best of many short
+rounds, in turns with the floor: on a busy machine only the best round shows what the code itself costs. Limits are
+ratios to the floor, from 25 µs and 12 µs on a machine whose floor is 0.4 µs.
 """
 
 from __future__ import annotations

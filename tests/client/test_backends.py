@@ -71,6 +71,22 @@ def test_kernel_ioctl_poll_and_mmap() -> None:
     os.close(memfd)
 
 
+def test_kernel_ioctls_in_one_go() -> None:
+    backend = KernelBackend()
+    reader, writer = os.pipe()
+    os.write(writer, b"123")
+    data, done = bytearray(12), [1]
+    backend.ioctl_many(reader, termios.FIONREAD, data, 4, done)
+    assert (done, struct.unpack("<3I", data)) == ([3], (0, 3, 3))
+    done = [0]
+    os.close(reader)
+    os.close(writer)
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        backend.ioctl_many(reader, termios.FIONREAD, data, 4, done)
+    assert done == [0]
+    data.append(1)  # nothing holds it
+
+
 # ------------------------------------------------------------------------------------------------------------ software
 
 

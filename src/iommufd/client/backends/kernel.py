@@ -25,6 +25,14 @@ class KernelBackend:
         result: int = fcntl.ioctl(fd, cmd, arg, True)
         return result
 
+    def ioctl_many(self, fd: int, cmd: int, data: bytearray, size: int, done: list[int]) -> None:
+        """See :meth:`iommufd.client.handle.Handle.ioctl_many`."""
+        call = fcntl.ioctl
+        with memoryview(data) as view:
+            for at in range(done[0] * size, len(data), size):
+                call(fd, cmd, view[at : at + size], True)
+                done[0] += 1
+
     def read(self, fd: int, count: int, offset: int | None = None) -> bytes:
         return os.read(fd, count) if offset is None else os.pread(fd, count, offset)
 
