@@ -96,6 +96,8 @@ class Held:
         )
 
 
+_NOTHING = (1, 0, None)
+
 Part = tuple[Held, int, int, int]  # an interval; page index in its chunk, pages, VA page: a part of it
 
 
@@ -110,6 +112,7 @@ class AddressSpace:
         "_live",
         "_lock",
         "_physical",
+        "_recent",
         "_saved",
         "alive",
         "guard_check",
@@ -128,6 +131,7 @@ class AddressSpace:
         self.guard_check: Callable[[int, int], bool] | None = None
         self._physical = physical
         self._live = LiveMemory(host)
+        self._recent: tuple[int, int, Held | None] = _NOTHING  # the interval found last
         self._index: IntervalIndex[Held] = IntervalIndex()
         self._lock = threading.Lock()
         self._saved: list[tuple[Chunk, int, int, int]] = []  # chunk, page index, pages, position in the store
@@ -178,7 +182,9 @@ class AddressSpace:
         ENOMEM without frames. :func:`iommufd.memory.extents.unpin_extents` undoes it, also when the space is gone.
         """
         with self._lock:
-            extents = self._resolve(va >> PAGE_SHIFT, npages, write, True, current)
+            extents = self._again(va >> PAGE_SHIFT, npages, write)
+            if extents is None:
+                extents = self._resolve(va >> PAGE_SHIFT, npages, write, True, current)
             for extent in extents:
                 extent.chunk.pin(extent.index, extent.count)
         for extent in extents:
@@ -194,6 +200,29 @@ class AddressSpace:
         EFAULT as a page fault-in would give; EOVERFLOW when the range wraps 2**64."""
         with self._lock:
             return self._resolve(va >> PAGE_SHIFT, npages, write, False, True)
+
+    def _again(self, page: int, npages: int, write: bool) -> Extents | None:
+        """:meth:`_resolve` for pages of the private interval that was found last, in one VMA; None elsewhere."""
+        first, last, held = self._recent
+        end = page + npages
+        if page < first or end > last + 1 or held is None or not self.alive:
+            return None
+        try:
+            vma = self.host.query(page << PAGE_SHIFT)
+        except ProcessLookupError:
+            return None
+        if (
+            vma is None
+            or vma.ino
+            or vma.kind != "anon"
+            or not vma.flags & (WRITE if write else READ)
+            or vma.start > page << PAGE_SHIFT
+            or vma.end < end << PAGE_SHIFT
+            or not held.means(vma)
+            or (self.guard_check is not None and self.guard_check(page << PAGE_SHIFT, end << PAGE_SHIFT))
+        ):
+            return None
+        return (Extent(held.chunk, held.index + page - first, npages),)
 
     def _resolve(self, page: int, npages: int, write: bool, long_term: bool, current: bool) -> Extents:
         end = page + npages
@@ -218,7 +247,7 @@ class AddressSpace:
                 if vma.ino and not self.host.peek((stop - 1) << PAGE_SHIFT, 1):  # row "beyond mapped file EOF"
                     raise KernelError(errno.EFAULT, f"{(stop - 1) << PAGE_SHIFT:#x} is beyond the end of {vma.name}")
                 while page < stop:
-                    first, last, held = self._held(vma, page, stop)
+                    self._recent = first, last, held = self._held(vma, page, stop)
                     n = min(stop, last + 1) - page
                     found.append(Extent(held.chunk, held.index + page - first, n))
                     page += n
@@ -281,6 +310,7 @@ class AddressSpace:
 
     def _drop(self, first: int, last: int) -> None:
         """Takes pages ``[first, last]`` out of the index; contents that only their addresses gave are lost."""
+        self._recent = _NOTHING
         for low, high, held in list(self._index.items(first, last)):
             self._index.remove(low)
             for begin, end in ((low, first - 1), (last + 1, high)):
