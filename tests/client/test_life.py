@@ -362,3 +362,32 @@ def test_an_invalidation_error_keeps_its_count(context: iommufd.Context, ioas: i
     again = pickle.loads(pickle.dumps(at.value))
     assert type(again) is iommufd.InvalidationError
     assert again.handled == 0
+
+
+def test_a_call_in_flight_keeps_its_number(system: str) -> None:
+    """Closing waits for it; a long one closes the descriptor itself, and the number names nothing else till then."""
+    context = opened(system)
+    fd = context.fileno()
+    inside, leave = threading.Event(), threading.Event()
+    call = context._call
+
+    def slow(number: int, cmd: int, arg: bytearray | int) -> int:
+        inside.set()
+        leave.wait(20)
+        return call(number, cmd, arg)
+
+    context._call = slow
+    made: list[iommufd.IOAS] = []
+    worker = threading.Thread(target=lambda: made.append(context.alloc_ioas()))
+    worker.start()
+    inside.wait(20)
+    context.close()
+    assert context.closed
+    other = opened(system)
+    assert other.fileno() != fd  # still taken
+    leave.set()
+    worker.join(20)
+    assert made[0].number == 1 and made[0].closed
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(fd)
+    other.close()

@@ -1,5 +1,4 @@
-"""The client: one typed API over the kernel's ``/dev/iommu`` and the software one. Everything is exported by
-``iommufd``.
+"""The client: one typed API over the kernel's ``/dev/iommu`` and the software one.
 
-It knows the uAPI and the eight calls of a backend, and nothing of the engine.
+It knows the uAPI and the eight calls of a backend, and nothing of the engine. ``iommufd`` exports its names.
 """

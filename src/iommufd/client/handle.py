@@ -3,7 +3,8 @@
 Invariants:
 
 * Whoever made the handle closes it, once; afterwards every call fails with EBADF and a sentence. The number is taken
-  out of the handle before it is closed, so no later call can reach a stranger's file of the same number.
+  out of the handle first and closed when the calls that have it are over (``_busy``): no call ever reaches a stranger's
+  file that has got the number since.
 * A forked child has none of its parent's handles: every call there raises RuntimeError, and nothing is ever closed or
   undone by it (the child's exit must not tear down what the parent uses). A child opens its own, or adopts the number
   (:func:`iommufd.client.context.adopt`).
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import errno
 import os
+import time
 import weakref
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
     from iommufd.client.backend import Backend
 
 FAILURES = (OSError, ValueError, RuntimeError, OverflowError)  # of a backend's call
+WAIT, WAITS = 0.001, 50  # seconds, times: how long closing waits for the calls in flight
 POLLIN, POLLOUT = 0x001, 0x004
 
 _handles: weakref.WeakSet[Handle] = weakref.WeakSet()
@@ -36,6 +39,9 @@ class Handle:
         self.backend = backend
         self.name = name
         self._fd = fd
+        self._open = [fd]  # whoever takes it out closes it
+        self._busy: list[None] = []  # one for each call in flight; append and pop are atomic
+        self._owed: list[int] = []  # closed while busy: the last call closes it
         self._foreign = False
         self._call = backend.ioctl
         _handles.add(self)
@@ -53,15 +59,21 @@ class Handle:
 
     def ioctl(self, cmd: int, arg: bytearray | int = 0) -> int:
         """One raw ioctl: ``arg`` is the struct's bytes, changed in place, or a number. The result, 0 or more."""
+        self._busy.append(None)
         try:
             return self._call(self._fd, cmd, arg)
         except FAILURES as error:
             raise self.failure(error, cmd, arg) from None
+        finally:
+            self._busy.pop()
+            if self._owed:
+                self._pay()
 
     def ioctl_many(self, cmd: int, data: bytearray, size: int, done: list[int]) -> None:
         """One ioctl after another on the structs of ``size`` bytes in ``data``, from number ``done[0]`` on, which
         counts them; stops at the first that fails, with its error. In one go where the backend can."""
         many: Any = getattr(self.backend, "ioctl_many", None)
+        self._busy.append(None)
         try:
             if many is not None:
                 many(self._fd, cmd, data, size, done)
@@ -74,44 +86,84 @@ class Handle:
                 done[0] += 1
         except FAILURES as error:
             raise self.failure(error, cmd, data[done[0] * size : (done[0] + 1) * size]) from None
+        finally:
+            self._busy.pop()
+            if self._owed:
+                self._pay()
 
     def read(self, count: int, offset: int | None = None) -> bytes:
         """read(2) or, with an ``offset``, pread(2): up to ``count`` bytes."""
+        self._busy.append(None)
         try:
             return self.backend.read(self._fd, count, offset)
         except FAILURES as error:
             raise self.failure(error, f"read of {count} bytes") from None
+        finally:
+            self._busy.pop()
+            if self._owed:
+                self._pay()
 
     def write(self, data: bytes, offset: int | None = None) -> int:
         """write(2) or, with an ``offset``, pwrite(2): bytes taken."""
+        self._busy.append(None)
         try:
             return self.backend.write(self._fd, data, offset)
         except FAILURES as error:
             raise self.failure(error, f"write of {len(data)} bytes") from None
+        finally:
+            self._busy.pop()
+            if self._owed:
+                self._pay()
 
     def poll(self, events: int = POLLIN, timeout: float | None = 0) -> int:
         """Which of ``events`` are ready, waiting up to ``timeout`` seconds (None: forever) for one; 0 when none is."""
+        self._busy.append(None)
         try:
             return self.backend.poll(self._fd, events, timeout)
         except FAILURES as error:
             raise self.failure(error, "poll") from None
+        finally:
+            self._busy.pop()
+            if self._owed:
+                self._pay()
 
     def mmap(self, length: int, offset: int, *, writeable: bool = True) -> memoryview:
         """Maps device memory, shared. It stays, and keeps the file open, until the last view of it is gone."""
         prot = 3 if writeable else 1  # PROT_READ | PROT_WRITE
+        self._busy.append(None)
         try:
             return self.backend.mmap(self._fd, length, prot, 1, offset)  # MAP_SHARED
         except FAILURES as error:
             raise self.failure(error, f"mmap of {length:#x} bytes at offset {offset:#x}") from None
+        finally:
+            self._busy.pop()
+            if self._owed:
+                self._pay()
 
     def close_fd(self) -> bool:
-        """Closes the descriptor; False when it was closed already, by this process or (as far as it goes) its
-        parent."""
-        fd, self._fd = self._fd, -1
-        if fd < 0:
+        """Closes the descriptor; False when it was closed already."""
+        try:
+            fd = self._open.pop()
+        except IndexError:
             return False
-        self.backend.close(fd)
+        self._fd = -1
+        for _ in range(WAITS):
+            if not self._busy:
+                self.backend.close(fd)
+                return True
+            time.sleep(WAIT)
+        self._owed.append(fd)  # a long call: it closes the descriptor itself
+        self._pay()
         return True
+
+    def _pay(self) -> None:
+        """Closes what is owed, if no call is in flight."""
+        while self._owed and not self._busy:
+            try:
+                fd = self._owed.pop()
+            except IndexError:  # another thread did
+                return
+            self.backend.close(fd)
 
     def failure(self, error: Exception | None, cmd: int | str = 0, arg: bytearray | int = 0) -> Exception:
         """What the user sees for ``error`` of a call (None: a call that was not even made)."""
@@ -141,6 +193,7 @@ class Handle:
         if self._fd >= 0:
             self._foreign = True
             self._fd = -1
+            self._open.clear()
 
 
 def _after_fork() -> None:

@@ -1,5 +1,4 @@
-"""HWPT and NestedHWPT: page tables that the IOMMU itself walks (kernel: struct iommufd_hwpt_paging,
-iommufd_hwpt_nested).
+"""HWPT and NestedHWPT: page tables that the IOMMU itself walks (kernel: struct iommufd_hwpt_paging and _nested).
 
 Invariants: a HWPT is a view of its IOAS in one IOMMU's format, whole from the moment it exists; what is mapped in the
 IOAS is mapped in it. A nested one is a guest's own table, translated further by its parent, and only caches of it are
@@ -65,8 +64,7 @@ def alloc(target: Object, device: Device, flags: int, fault_queue: FaultQueue | 
 
 
 class HWPT(PageTable):
-    """A page table made from an IOAS. Made by :meth:`IOAS.alloc_hwpt`, or by the kernel when a device is attached to
-    one."""
+    """A page table made from an IOAS: by :meth:`IOAS.alloc_hwpt`, or by the kernel when a device is attached to it."""
 
     kind: ClassVar[str] = "HWPT_PAGING"
 

@@ -1,5 +1,4 @@
-"""Queues: descriptors that deliver records, waited for with poll, ``for`` or ``async for`` (kernel: struct
-iommufd_eventq).
+"""Queues: descriptors that deliver records, for poll, ``for`` and ``async for`` (kernel: struct iommufd_eventq).
 
 Invariants: the descriptor is closed with the queue object and before it (the kernel's object is held by its open file).
 Records read and not yet handed out wait in ``_ready``; several iterations, threads and tasks may share a queue and each

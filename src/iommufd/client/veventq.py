@@ -99,8 +99,9 @@ class SMMUv3Event:
 
 
 class VEventQueue(Queue["VEvent | LostEvents"]):
-    """Events of one type of a vIOMMU: ``for event in queue``, also ``async for``. Made by
-    :meth:`VIOMMU.alloc_veventq`."""
+    """Events of one type of a vIOMMU: ``for event in queue``, also ``async for``.
+
+    Made by :meth:`VIOMMU.alloc_veventq`."""
 
     kind: ClassVar[str] = "VEVENTQ"
 

@@ -42,8 +42,7 @@ class VIOMMU(Object):
     def alloc_nested(
         self, device: Device, data: HwptData, *, fault_queue: FaultQueue | None = None, pasid: bool = False
     ) -> NestedHWPT:
-        """A guest's page table through this vIOMMU (IOMMU_HWPT_ALLOC); ``device`` needs a vDEVICE here to be
-        attached."""
+        """A guest's page table through this vIOMMU (IOMMU_HWPT_ALLOC); to be attached a device needs a vDEVICE."""
         flags = u.IOMMU_HWPT_ALLOC_PASID if pasid else 0
         return NestedHWPT(self.context, alloc(self, device, flags, fault_queue, data), self, fault_queue)
 

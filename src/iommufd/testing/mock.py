@@ -94,8 +94,7 @@ class MockDevice(Device):
         group: int = 0,
         pasid: int | None = None,
     ) -> None:
-        """Sends one page request. It reaches the fault queue of the HWPT the device (or PASID) is attached to, if
-        any."""
+        """Sends one page request, to the fault queue, if there is one, of what the device (or PASID) is attached to."""
         self._do(
             t.test_trigger_iopf(
                 dev_id=self._id,
