@@ -187,7 +187,7 @@ def client() -> Iterator[Figure]:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="bench", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--check", action="store_true", help="exit with 1 if a figure is beyond its limit")
-    parser.add_argument("part", nargs="*", help="parts to run: calls, sizes, dirty, copies, busy, starting, pins, client")
+    parser.add_argument("part", nargs="*", help="calls, sizes, dirty, copies, busy, starting, pins, client")
     options = parser.parse_args(argv)
     beyond = 0
     with tempfile.TemporaryDirectory(prefix="iommufd-bench-") as folder:

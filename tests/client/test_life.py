@@ -371,10 +371,10 @@ def test_a_call_in_flight_keeps_its_number(system: str) -> None:
     inside, leave = threading.Event(), threading.Event()
     call = context._call
 
-    def slow(number: int, cmd: int, arg: bytearray | int) -> int:
+    def slow(fd: int, cmd: int, arg: bytearray | int) -> int:
         inside.set()
         leave.wait(20)
-        return call(number, cmd, arg)
+        return call(fd, cmd, arg)
 
     context._call = slow
     made: list[iommufd.IOAS] = []
