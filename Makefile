@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV   := .venv/bin
 ARGS   ?=
 
-.PHONY: setup demo test stress lint bench conformance oracle
+.PHONY: setup demo test stress lint bench docs conformance oracle oracle-fuzz
 .DEFAULT_GOAL := setup
 
 setup: .venv/stamp               # the development environment, in .venv
@@ -24,6 +24,13 @@ lint: setup                      # style, types, and which room imports which
 
 bench: setup                     # medians, and their ratio to a floor measured in the same run
 	@$(VENV)/python -m bench $(ARGS)
+
+docs: .venv/docs-stamp            # guide and API reference as a site in build/docs; links that lead nowhere are errors
+	@$(VENV)/python -m sphinx -W --keep-going -n -q -b html -c docs $(ARGS) . build/docs
+	@echo "docs: build/docs/index.html"
+.venv/docs-stamp: .venv/stamp
+	@$(VENV)/python -m pip install -qq --disable-pip-version-check -e '.[docs]'
+	@touch $@
 
 conformance: setup               # the kernel's own selftest programs, through `iommufd run`
 	@$(VENV)/python -m tools.conformance $(ARGS)
