@@ -17,8 +17,10 @@ from tests import snippets
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
 LINK = re.compile(r"\[[^]]*\]\(([^)#\s]*)(?:#([^)]*))?\)")
-GUIDE = [path for folder in ("docs/guide", "docs/objects") for path in sorted((ROOT / folder).glob("*.md"))
-         if path.name not in ("machines.md", "testing.md")]  # tests/test_guide.py  # fmt: skip
+WITH_CODE = [
+    *(path for path in sorted((ROOT / "docs").glob("*/*.md")) if path.name not in ("machines.md", "testing.md")),
+    *(ROOT / "docs" / name for name in ("vfio.md", "fault-injection.md")),
+]  # the two are of tests/test_guide.py
 EXAMPLES = sorted({*(ROOT / "examples").glob("*.py")} - {ROOT / "examples/demo.py"})  # tests/test_demo.py has that one
 
 
@@ -46,13 +48,13 @@ def test_every_page_is_in_the_index_of_its_folder(folder: str) -> None:
         assert path.name == "README.md" or f"({path.name}" in index, f"{folder}/README.md does not link {path.name}"
 
 
-@pytest.mark.parametrize("path", GUIDE, ids=lambda path: str(path.relative_to(ROOT / "docs")))
+@pytest.mark.parametrize("path", WITH_CODE, ids=lambda path: str(path.relative_to(ROOT / "docs")))
 def test_the_programs_of_the_guide_print_what_it_says(path: Path) -> None:
     snippets.run_python(path)
 
 
 @pytest.mark.interposed
-@pytest.mark.parametrize("path", GUIDE, ids=lambda path: str(path.relative_to(ROOT / "docs")))
+@pytest.mark.parametrize("path", WITH_CODE, ids=lambda path: str(path.relative_to(ROOT / "docs")))
 def test_the_commands_of_the_guide_print_what_it_says(path: Path) -> None:
     snippets.run_console(path)
 
