@@ -1,5 +1,4 @@
-"""Many IOMMU_IOAS_MAPs of one IOAS in one go, for programs in this process (no kernel object: each is a call of its
-own).
+"""Many IOMMU_IOAS_MAPs of one IOAS in one go, for programs in this process (kernel: each is a call of its own).
 
 Invariant: an element is done here only if it is an ordinary map that nobody watches and nothing refuses, and it is done
 as the call would do it (core 4.9). Whatever else an element may be, this stops before it, and the caller makes the
