@@ -160,7 +160,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                     step = first_difference(said, ours)
                     if step is not None:
                         bad.append((program, in_process if way == "as written" else partial(through_the_door, out=out)))
-                        print(f"seed {program.seed} step {step} {way}: {program.steps[step]}")
+                        shown = program.steps[step] if step < len(program.steps) else "(one more answer than steps)"
+                        print(f"seed {program.seed} step {step} {way}: {shown}")
                         print(f"  kernel   {said[step] if step < len(said) else '(nothing)'}")
                         print(f"  software {ours[step] if step < len(ours) else '(nothing)'}")
                         break

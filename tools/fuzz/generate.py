@@ -183,9 +183,16 @@ class Author:
             while len(self.program.steps) < self.length:
                 self.slot = 1 if 1 in self.stage.slots and self.chance(0.2) else 0
                 self.r.choices(actions, weights)[0]()
+            self.detach_all()
         finally:
             self.stage.close()
         return self.program
+
+    def detach_all(self) -> None:
+        """A context that closes with a PASID attached leaves the kernel damaged (mock-device 4.1): none does."""
+        for (slot, stdev), pasids in sorted(self.attached.items()):
+            for pasid in sorted(pasids):
+                self.write(Step(IOCTL, slot, cmd=t.IOMMU_TEST_CMD, data=detaching(stdev, pasid)))
 
     def preamble(self) -> None:
         """What the theme needs, so that its calls can succeed: IOAS 1, test device 2, DEVICE 3, automatic HWPT 4."""
@@ -715,6 +722,10 @@ class Author:
         used = [slot for slot in slots if slot in self.stage.slots]
         if used:
             self.write(Step(CLOSE, self.r.choice(used)))
+
+
+def detaching(stdev: int, pasid: int) -> bytes:
+    return filled(t.test_pasid_detach(id=stdev, pasid=pasid)).pack()
 
 
 def ioctl_of(value: Struct, patches: tuple[tuple[int, int], ...] = ()) -> Step:
