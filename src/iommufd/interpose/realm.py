@@ -24,8 +24,11 @@ if TYPE_CHECKING:
     from iommufd.machine.machine import Machine
     from iommufd.memory.files import FileSpace
 
-SWITCH_INTERVAL = 0.0005
-"""Seconds a thread keeps the interpreter while another wants it: a call must not wait for whoever computes."""
+SWITCH_INTERVAL = 0.000002
+"""Seconds a thread keeps the interpreter while another wants it: a call must not wait for whoever computes.
+
+A call gives the interpreter up about five times (receive, copy in, copy out, answer, look for releases) and waits as
+often for a device model that computes; at 500 µs a call beside one took 30 times its time, at 2 µs 6 to 8 times."""
 
 
 class Realm:
