@@ -568,8 +568,8 @@ class Author:
         elif what == 1:
             self.ask(t.test_pasid_replace(id=stdev, pasid=pasid, pt_id=pt))
         elif what == 2:
-            self.ask(t.test_pasid_detach(id=stdev, pasid=pasid))
-            self.attached.get(key, set()).discard(pasid)
+            if self.ask(t.test_pasid_detach(id=stdev, pasid=pasid)).startswith("0"):
+                self.attached.get(key, set()).discard(pasid)
         else:
             self.ask(t.test_pasid_check_hwpt(id=stdev, pasid=self.r.choice((0, pasid)), hwpt_id=self.r.choice((0, pt))))
 

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, NamedTuple
 from iommufd.engine.access import Access, AccessOps
 from iommufd.engine.file import File
 from iommufd.errors import KernelError
-from iommufd.memory.extents import same_frames
+from iommufd.memory.extents import same_frames, slice_extents
 from iommufd.memory.frames import PAGE_SHIFT, PAGE_SIZE
+from iommufd.selftest.checks import user_frames
 from iommufd.uapi import iommufd_test as t
 
 if TYPE_CHECKING:
@@ -79,8 +80,10 @@ class AccessFile(File):
                 if uptr:  # row 12
                     offset = iova & (PAGE_SIZE - 1)
                     count = (offset + length + PAGE_SIZE - 1) >> PAGE_SHIFT
-                    if not same_frames(extents, task.space.look((uptr - offset) & (2**64 - 1), count)):
-                        raise KernelError(errno.EBADE, f"the pinned pages are not those at {uptr:#x}")
+                    first = (uptr - offset) & (2**64 - 1)
+                    for at, frames, _, size in user_frames(task, first, count << PAGE_SHIFT):  # page by page, upwards
+                        if not same_frames(slice_extents(extents, at >> PAGE_SHIFT, size >> PAGE_SHIFT), frames):
+                            raise KernelError(errno.EBADE, f"the pinned pages are not those at {uptr:#x}")
             except BaseException:
                 access.unpin_pages(iova, length)
                 raise

@@ -132,6 +132,23 @@ def pinned_pages_are_compared_and_counted(s: Subject) -> None:
     s.do(fd, t.test_md_check_refs(length=2 * PAGE, uptr=s.page(0), refs=0))
 
 
+@check("mock 6.2 row 12")
+def pages_are_compared_upwards(s: Subject) -> None:
+    """A page that is another beats a later one that is not there."""
+    fd, ioas = open_ioas(s)
+    s.poke(s.page(0), b"x" * 3 * PAGE)
+    s.poke(s.page(10), b"x" * PAGE)
+    map_fixed(s, fd, ioas, s.page(0), 3 * PAGE, 0x10000)
+    access = access_on(s, fd, ioas)
+    s.munmap(s.page(11), PAGE)
+    s.refuses(EBADE, fd, t.test_access_pages(id=access, iova=0x10000, length=3 * PAGE, uptr=s.page(10)))
+    s.mmap(s.page(11), PAGE)
+    s.munmap(s.page(3), PAGE)
+    s.refuses(EBADE, fd, t.test_access_pages(id=access, iova=0x10000, length=3 * PAGE, uptr=s.page(1)))
+    s.munmap(s.page(0), PAGE)
+    s.refuses(EFAULT, fd, t.test_access_pages(id=access, iova=0x11000, length=2 * PAGE, uptr=s.page(0)))
+
+
 @check("mock 6.2 row 10", "core 5.6 row 6", "core 5.5 user")
 def pinning_bad_memory(s: Subject) -> None:
     fd, ioas = open_ioas(s)
