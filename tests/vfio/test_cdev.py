@@ -157,8 +157,9 @@ def test_devices_11_2_row_14_an_answer_that_cannot_be_written_unbinds(p: Program
     assert p.call(fd, BIND, address) == "EFAULT"
     assert len(p.context(iommufd).objects) == 0
     assert p.call(fd, GET_INFO, bytearray(24)) == "EINVAL"  # no access
-    assert isinstance(p.group(ALONE), int)  # and the group is free
-    p.backend.close(p.backend.descriptors.numbers[-1])
+    group = p.group(ALONE)
+    assert isinstance(group, int)  # and the group is free
+    p.backend.close(group)
     assert p.bind(fd, iommufd) == 1
 
 
