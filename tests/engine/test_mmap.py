@@ -185,13 +185,31 @@ def test_a_file_given_by_the_projector(rig: Rig) -> None:
         rig.context.memory_fd = given
         region = rig.region(2)
         region.write(0, b"x")
-        assert rig.mmap(region.offset) == (given, region.offset)
+        memory, offset = rig.mmap(region.offset)
+        assert os.path.sameopenfile(memory, given)
+        assert offset == region.offset
         assert os.pread(given, 1, region.offset) == b"x"
         rig.context.mapping_closed(region.offset)
         rig.context.put()
         os.fstat(given)  # it is the projector's to close
     finally:
         os.close(given)
+
+
+def test_the_context_may_outlive_the_projectors_descriptor(rig: Rig) -> None:
+    """An access or a queue keeps the context when its own descriptor has gone; its regions must still come apart."""
+    given = os.memfd_create("carrier")
+    rig.context.memory_fd = given
+    region = rig.region(2)
+    os.close(given)
+    taken = os.open("/dev/null", os.O_RDWR)  # the number is somebody else's by now
+    try:
+        region.write(0, b"x")
+        assert region.read(0, 1) == b"x"
+        rig.context.store.remove(region)
+        assert not len(rig.context.store.regions)
+    finally:
+        os.close(taken)
 
 
 def test_a_sealed_file_is_used_as_it_is(rig: Rig) -> None:

@@ -13,6 +13,7 @@ Invariants (core 1.7, events-viommu 9.1):
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import mmap
@@ -67,19 +68,19 @@ class MmapRegion:
 class MmapStore:
     """The regions of one context and the file behind them. ``World.lock`` guards ``regions``."""
 
-    __slots__ = ("_own", "_size", "fd", "regions")
+    __slots__ = ("_size", "fd", "regions")
 
     def __init__(self) -> None:
         self.regions: IntervalIndex[MmapRegion] = IntervalIndex()
         self.fd = -1  # set by the first region
-        self._own = False
         self._size = 0
 
     def open(self, given: int) -> None:
         """Chooses the file, once: ``given`` is the projector's, -1 makes one. OSError when none can be had."""
         if self.fd >= 0:
             return
-        fd = given if given >= 0 else os.memfd_create("iommufd", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        # A descriptor of our own: the context may outlive the projector's (an access or a queue keeps it).
+        fd = os.dup(given) if given >= 0 else os.memfd_create("iommufd", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         limit, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
         size = os.fstat(fd).st_size
         wanted = STORE_SIZE if limit == resource.RLIM_INFINITY else min(STORE_SIZE, limit)
@@ -91,7 +92,7 @@ class MmapStore:
                 pass
         if given < 0:
             fcntl.fcntl(fd, fcntl.F_ADD_SEALS, SEALS)
-        self.fd, self._own, self._size = fd, given < 0, size
+        self.fd, self._size = fd, size
 
     def add(self, owner: Object, length: int) -> MmapRegion:
         """A zeroed region for ``owner`` (events-viommu 9.1): EINVAL unless ``length`` is whole pages, ENOMEM, EBUSY."""
@@ -115,15 +116,16 @@ class MmapStore:
             with mmap.mmap(self.fd, region.length, offset=region.offset) as memory:
                 memory.madvise(mmap.MADV_REMOVE)
         except OSError:  # our address space is full: the pages stay, but as zeros
-            region.write(0, bytes(region.length))
+            with contextlib.suppress(OSError):
+                region.write(0, bytes(region.length))
         with region.owner.context.world.lock:
             self.regions.remove(region.offset)
 
     def close(self) -> None:
         """The context is gone; mappings keep the memory by themselves."""
-        if self._own:
+        if self.fd >= 0:
             os.close(self.fd)
-        self.fd, self._own = -1, False
+        self.fd = -1
 
 
 def check_mapping(mode: int, offset: int, prot: int, shared: bool) -> None:
