@@ -71,7 +71,7 @@ class Context(File):
         """core 1.7. In the store every region lies at the offset it is mapped at."""
         check_mapping(self.mode, offset, prot, shared)
         map_region(self, offset, length)
-        return self.store.fd, offset
+        return (self.memory_fd if self.memory_fd >= 0 else self.store.fd), offset
 
     def mapping_opened(self, offset: int) -> None:
         mapping_opened(self, offset)
