@@ -95,16 +95,22 @@ def test_input_output_and_environment_are_untouched(supervised: Supervised) -> N
 
 
 def test_the_program_starts_with_default_signals_and_no_descriptor_of_ours(supervised: Supervised) -> None:
-    supervised.python("""
+    ours = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("SigIgn:"))
+    inherited = ours.split()[1]  # what nohup or a shell's & left ignored is the caller's wish
+    supervised.python(
+        """
         text = open("/proc/self/status").read()
         values = dict(line.split(":\\t") for line in text.splitlines() if ":\\t" in line)
         assert int(values["SigBlk"], 16) == 0, values["SigBlk"]
         assert values["Seccomp"] == "2" and values["NoNewPrivs"] == "1"
         glibc = 3 << 31  # signals 32 and 33, which GNU make leaves ignored in what it starts
-        assert int(values["SigIgn"], 16) & ~(1 << 12 | 1 << 24 | glibc) == 0  # 13 and 25: what Python itself ignores
+        # 13 and 25 are what Python itself ignores
+        assert int(values["SigIgn"], 16) & ~(1 << 12 | 1 << 24 | glibc | int(sys.argv[1], 16)) == 0
         open_now = sorted(int(name) for name in os.listdir("/proc/self/fd"))
         assert open_now == [0, 1, 2, 3], open_now  # 3 is the listing's own
-    """)
+        """,
+        inherited,
+    )
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGINT])
@@ -122,7 +128,8 @@ def test_signals_are_passed_on(supervised: Supervised, number: int) -> None:
 def test_the_supervisor_outlives_its_first_child(supervised: Supervised, tmp_path: Path) -> None:
     """A daemon goes on working; the exit status is the first child's, and comes when nobody is left."""
     out = tmp_path / "out"
-    done = supervised.python("""
+    done = supervised.python(
+        """
         fd = os.open("/dev/iommu", os.O_RDWR)
         if os.fork() == 0:
             os.setsid()
@@ -132,7 +139,10 @@ def test_the_supervisor_outlives_its_first_child(supervised: Supervised, tmp_pat
             open(sys.argv[1], "w").write(str(fcntl.ioctl(fd, COUNT)))
             os._exit(0)
         os._exit(5)
-    """, str(out), code=5)
+    """,
+        str(out),
+        code=5,
+    )
     assert out.read_text() == "1"
     assert done.log == ["opened", "released 1"]
 

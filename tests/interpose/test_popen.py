@@ -267,7 +267,7 @@ def test_what_a_program_leaves_running_is_served_on(machine: Machine, python: Py
 
 def test_closing_the_machine_ends_its_programs() -> None:
     machine = Machine("short")
-    program = machine.popen(["sh", "-c", "sleep 60 & echo started; wait"], stdout=subprocess.PIPE)
+    program = machine.popen(["sh", "-c", "sleep 60 & echo started; wait; exec sleep 60"], stdout=subprocess.PIPE)
     assert program.stdout.readline() == b"started\n"
     machine.close()
     assert program.wait(timeout=10) == -signal.SIGKILL
