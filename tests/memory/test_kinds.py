@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import fcntl
+import mmap
 import os
 from pathlib import Path
 
@@ -47,7 +48,7 @@ def test_device_memory_shows_in_smaps(monkeypatch: pytest.MonkeyPatch, flags: st
 
 
 def test_flags_of_a_real_mapping() -> None:
-    memory = bytearray(1 << 22)
+    memory = mmap.mmap(-1, 1 << 22)  # shared: nothing the interpreter maps meanwhile can melt into it
     here = ctypes.addressof(ctypes.c_char.from_buffer(memory))
     vma = ProcHost(os.getpid()).query(here)
     assert vma is not None
