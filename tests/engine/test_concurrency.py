@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import pytest
 
 from iommufd.engine.access import Access, AccessOps
+from iommufd.engine.unmap import unmap_range
 from iommufd.errors import KernelError
 from iommufd.iommu.extent_domain import ExtentDomain
 from iommufd.uapi import iommufd as u
@@ -166,7 +167,7 @@ class TestDomains:
         other = also(c)
         jobs = [
             Background(lambda: other.map(ioas, 0x20000, P)),
-            Background(lambda: c.table(ioas).unmap_range(0x10000, 0x10FFF)),
+            Background(lambda: unmap_range(c.table(ioas), 0x10000, 0x10FFF)),
             Background(lambda: c.table(ioas).reserve(0x30000, 0x30FFF, None)),
         ]
         time.sleep(0.02)
@@ -266,7 +267,7 @@ class TestAccesses:
             if iova != 0x1000:
                 return
             access.unpin_pages(0x1000, P)
-            inner.append(c.table(ioas).unmap_range(0x8000, 0x8FFF)[0])
+            inner.append(unmap_range(c.table(ioas), 0x8000, 0x8FFF)[0])
             asleep.set()
             assert wake.wait(10)
 

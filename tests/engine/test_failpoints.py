@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from iommufd.engine import failpoints
+from iommufd.engine import failpoints, unmap
 from iommufd.engine.fail import POINTS, fail_nth, fail_rule
 from iommufd.errors import KernelError
 from iommufd.uapi import iommufd as u
@@ -174,6 +174,6 @@ def test_allocation_points_of_allowed_ranges_and_cuts(c: Caller) -> None:
     struct = u.iommu_ioas_allow_iovas(ioas_id=a, num_iovas=2, allowed_iovas=ARRAY)
     assert points(c, lambda: c.do(struct)) == ["ENOENT", "ENOMEM", "ENOMEM"]
     with fail_rule(c.world, "*:point=slab"), pytest.raises(KernelError) as caught:
-        c.table(a).cut(0x1FFF)
+        unmap.cut(c.table(a), 0x1FFF)
     assert caught.value.errno == errno.ENOMEM
     assert c.areas(a) == [(0x1000, 0x4FFF)]

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from iommufd.engine.access import Access, AccessOps
+from iommufd.engine.unmap import cut, unmap_range
 from iommufd.errors import KernelError
 from iommufd.iommu.extent_domain import ExtentDomain
 from iommufd.uapi import iommufd as u
@@ -211,7 +212,7 @@ class TestCallbacks:
         c.map(ioas, 0, P)
         c.map(ioas, P, P)
         pinner.pin(P, P)
-        removed, error = c.table(ioas).unmap_range(0, ULMAX)
+        removed, error = unmap_range(c.table(ioas), 0, ULMAX)
         assert removed == P
         assert error is not None
         assert error.errno == errno.EDEADLOCK
@@ -239,10 +240,10 @@ class TestCut:
 
     def cut(self, c: Caller, ioas: int, position: int, number: int = 0) -> None:
         if not number:
-            c.table(ioas).cut(position)
+            cut(c.table(ioas), position)
             return
         with pytest.raises(KernelError) as caught:
-            c.table(ioas).cut(position)
+            cut(c.table(ioas), position)
         assert caught.value.errno == number
         assert c.areas(ioas) == [(0x10000, 0x17FFF)]
 
@@ -316,7 +317,7 @@ class TestCut:
         file = FakeFile(c.world, 8)
         c.proc.files[5] = lambda: file
         c.do(u.iommu_ioas_map_file(flags=7, ioas_id=ioas, fd=5, length=8 * P, iova=0x10000))
-        c.table(ioas).cut(0x11FFF)
+        cut(c.table(ioas), 0x11FFF)
         c.unmap(ioas, 0x10000, 2 * P)
         assert file.closed == 0
         c.unmap(ioas, 0x12000, 6 * P)

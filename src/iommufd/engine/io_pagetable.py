@@ -19,9 +19,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from iommufd.engine import auto_iova, unmap
-from iommufd.engine.area import PAGE_OFFSET, WRITE, Area, Piece, fill, gap_sentence, lose_source, release, unfill
-from iommufd.engine.failpoints import SLAB
+from iommufd.engine.area import PAGE_OFFSET, Area, Piece, fill, gap_sentence, unfill
 from iommufd.engine.locks import RWState
 from iommufd.engine.ranges import EMPTY, ULMAX, Range, Ranges
 from iommufd.errors import KernelError
@@ -30,8 +28,6 @@ from iommufd.memory.intervals import IntervalIndex
 
 if TYPE_CHECKING:
     from iommufd.engine.access import Access
-    from iommufd.engine.pages import Pages
-    from iommufd.engine.source import Source
     from iommufd.engine.task import Task
     from iommufd.engine.world import World
     from iommufd.iommu.domain import PagingDomain
@@ -122,183 +118,14 @@ class IOPagetable:
             with world.lock:
                 self.iova_sem.end_read(world)
 
-    # ------------------------------------------------------------------------------------------------------- mapping
+    # --------------------------------------------------------------------------------------------------- what is mapped
 
-    def map_pages(self, task: Task | None, pieces: list[Piece], length: int, iova: int | None, prot: int) -> int:
-        """The mapping core (core 4.7): one area per piece, ``length`` bytes in all, at ``iova`` or where core 4.8 says.
-
-        Returns the IOVA. ``prot`` is READ and WRITE. All or nothing. The caller holds a user of each piece's source."""
-        if len(pieces) == 1:
-            pages, start, _ = pieces[0]
-            return self.map_one(task, pages, start, length, iova, prot)
-        world = self.world
-        if world.fail is not None and world.fail(SLAB, task):  # row 1
-            raise KernelError(errno.ENOMEM, "fault injection: no memory for an area")
-        with world.lock:
-            if self.domains_sem.blocked or self.iova_sem.writer:
-                self.pass_placing()
-            alignment = self.iova_alignment
-            iova = self._choose(pieces[0][0].base + pieces[0][1], length, iova)  # rows 2-3
-            if self.areas.overlaps(iova, iova + length - 1):  # row 3b
-                raise KernelError(errno.EEXIST, self._overlap_sentence(iova, iova + length - 1))
-            live = not self.domains
-            at = iova
-            new: list[Area] = []
-            for pages, start, size in pieces:
-                if (prot & WRITE and not pages.writable) or (start & PAGE_OFFSET) % alignment:  # rows 4-5
-                    raise _piece_error(pages, start, prot, alignment)
-                # row 6 cannot happen: the whole range was checked, and a pages object ends below 2^64
-                new.append(Area(at, at + size - 1, pages if live else None, start, prot))
-                at += size
-            for area in new:
-                self.areas.insert(area.first, area.last, area)
-            for pages, _, _ in pieces:
-                if pages.source is not None:
-                    pages.source.users += 1
-            if live:
-                return iova
-            self.domains_sem.readers += 1
-        self._fill_several(task, new, [piece[0] for piece in pieces])
-        return iova
-
-    def map_one(self, task: Task | None, pages: Pages, start: int, length: int, iova: int | None, prot: int) -> int:
-        """:meth:`map_pages` of one piece, the usual case."""
-        world = self.world
-        if world.fail is not None and world.fail(SLAB, task):  # row 1
-            raise KernelError(errno.ENOMEM, "fault injection: no memory for an area")
-        world.lock.acquire()  # half the price of a with statement
-        try:
-            if self.domains_sem.blocked or self.iova_sem.writer:
-                self.pass_placing()
-            area = self.place(pages, start, length, iova, prot)
-            if pages.source is not None:
-                pages.source.users += 1
-            if not self.domains:
-                return area.first
-            self.domains_sem.readers += 1
-            alone = not pages.busy
-            if alone:
-                pages.busy = True
-        finally:
-            world.lock.release()
-        if alone:
-            self._fill_one(task, area, pages)
-        else:
-            self._fill_several(task, [area], [pages])
-        return area.first
-
-    def place(self, pages: Pages, start: int, length: int, iova: int | None, prot: int) -> Area:
-        """core 4.7 rows 2-6 for one piece: a new area, live at once if no domain is to be filled. Locked, and when
-        :meth:`pass_placing` lets pass."""
-        alignment = self.iova_alignment
-        if (
-            iova is None
-            or (iova | length) % alignment
-            or not length
-            or iova + length - 1 > ULMAX
-            or self.reserved_union.overlap(iova, iova + length - 1) is not None
-        ):
-            iova = self._choose(pages.base + start, length, iova)  # rows 2-3
-        last = iova + length - 1
-        if (prot & WRITE and not pages.writable) or (start & PAGE_OFFSET) % alignment:  # rows 4-5
-            if self.areas.overlaps(iova, last):
-                raise KernelError(errno.EEXIST, self._overlap_sentence(iova, last))
-            raise _piece_error(pages, start, prot, alignment)
-        # row 6 cannot happen: the range was checked, and a pages object ends below 2^64
-        area = Area(iova, last, None if self.domains else pages, start, prot)
-        try:
-            self.areas.insert(iova, last, area)
-        except ValueError:  # row 3b
-            raise KernelError(errno.EEXIST, self._overlap_sentence(iova, last)) from None
-        return area
-
-    def _choose(self, addr: int, length: int, iova: int | None) -> int:
-        """core 4.7 rows 2 and 3: where ``length`` bytes of memory at ``addr`` go. Whether a fixed IOVA is taken already
-        (the last check of row 3b) is the caller's to find out."""
-        alignment = self.iova_alignment
-        if length % alignment or length == 0:  # row 2
-            raise KernelError(
-                errno.EINVAL, f"the length {length:#x} is not a multiple of the IOVA alignment {alignment:#x}"
-            )
-        if iova is None:  # row 3a
-            return auto_iova.choose(
-                addr,
-                length,
-                alignment,
-                self.allowed,
-                self.reserved_union,
-                self.areas.holes,
-                self.world.huge_page_size,
-            )
-        last = iova + length - 1  # row 3b
-        if iova % alignment:
-            raise KernelError(errno.EINVAL, f"IOVA {iova:#x} is not a multiple of the IOVA alignment {alignment:#x}")
-        if last > ULMAX:
-            raise KernelError(errno.EOVERFLOW, f"{length:#x} bytes at IOVA {iova:#x} end beyond the last address")
-        taken = self.reserved_union.overlap(iova, last)
-        if taken is not None:
-            raise KernelError(
-                errno.EINVAL, f"IOVA [{iova:#x}, {last:#x}] overlaps the reserved range [{taken[0]:#x}, {taken[1]:#x}]"
-            )
-        return iova
-
-    def _overlap_sentence(self, first: int, last: int) -> str:
+    def overlap_sentence(self, first: int, last: int) -> str:
+        """What is in the way of ``[first, last]``, for an error; locked."""
         found = self.areas.first_in(first, last)
         assert found is not None
         state = "" if found[2].pages is not None else ", which another thread is mapping or unmapping"
         return f"IOVA [{first:#x}, {last:#x}] overlaps the area [{found[0]:#x}, {found[1]:#x}]{state}"
-
-    def _fill_one(self, task: Task | None, area: Area, pages: Pages) -> None:
-        """core 4.7 rows 7 and 8 for the usual map of one piece. This thread made the placeholder, read-holds
-        ``domains_sem`` and has ``pages`` busy."""
-        world = self.world
-        try:
-            fill(world, area, pages, self.domains, task, self.large_pages_disabled, True)
-        except BaseException:
-            pages.unlock(world)
-            self._take_back([area], [pages])
-            raise
-        with world.lock:
-            pages.busy = False
-            if self.iova_sem.writer:
-                world.wake()
-                self.pass_finishing()
-            area.pages = pages
-            self.domains_sem.end_read(world)
-            world.wake()
-
-    def _fill_several(self, task: Task | None, areas: list[Area], backing: list[Pages]) -> None:
-        """The same for several pieces; an earlier one is undone when a later one fails."""
-        world = self.world
-        done = 0
-        try:
-            for area, pages in zip(areas, backing, strict=True):
-                with pages.mutex(world):
-                    fill(world, area, pages, self.domains, task, self.large_pages_disabled, True)
-                done += 1
-        except BaseException:
-            for area, pages in zip(areas[:done], backing, strict=False):
-                with pages.mutex(world):
-                    unfill(area, pages, self.domains, True)
-            self._take_back(areas, backing)
-            raise
-        with world.lock:
-            self.pass_finishing()
-            for area, pages in zip(areas, backing, strict=True):
-                area.pages = pages
-            self.domains_sem.end_read(world)
-
-    def _take_back(self, areas: list[Area], backing: list[Pages]) -> None:
-        """The placeholders of a map that failed go."""
-        world = self.world
-        dead: list[Source] = []
-        with world.lock:
-            self.pass_finishing()
-            for area, pages in zip(areas, backing, strict=True):
-                self.areas.remove(area.first)
-                lose_source(pages, dead)
-            self.domains_sem.end_read(world)
-        release(dead)
 
     def pieces_of(self, iova: int, last: int) -> list[Piece]:
         """What ``[iova, last]`` maps, one piece per area (core 4.11 row 7), each with one more user of its source.
@@ -329,14 +156,6 @@ class IOPagetable:
         """mock-device 7: ``offset`` bytes into the n-th area, or 0 when there are not so many."""
         with self.world.lock:
             return self.areas.nth(n)[0] + offset if n < len(self.areas) else 0
-
-    def unmap_range(self, start: int, last: int) -> tuple[int, KernelError | None]:
-        """The range walk of core 4.12: the bytes removed, and why it stopped early (None: it did not)."""
-        return unmap.unmap_range(self, start, last)
-
-    def cut(self, position: int) -> None:
-        """Makes ``position`` the last byte of an area (core 4.15)."""
-        unmap.cut(self, position)
 
     # -------------------------------------------------------------------------------- ranges, alignment, large pages
 
@@ -372,7 +191,7 @@ class IOPagetable:
 
     def _reserve(self, start: int, last: int, owner: object) -> None:
         if self.areas.overlaps(start, last):
-            raise KernelError(errno.EADDRINUSE, f"reserving it: {self._overlap_sentence(start, last)}")
+            raise KernelError(errno.EADDRINUSE, f"reserving it: {self.overlap_sentence(start, last)}")
         allowed = self.allowed.overlap(start, last)
         if allowed is not None:
             raise KernelError(
@@ -538,14 +357,3 @@ class IOPagetable:
         with self.exclusive(), self.world.lock:
             del self.accesses[slot]
             self.iova_alignment = self._alignment()
-
-
-def _piece_error(pages: Pages, start: int, prot: int, alignment: int) -> KernelError:
-    """core 4.7 rows 4 and 5."""
-    if prot & WRITE and not pages.writable:
-        return KernelError(errno.EPERM, "the memory was mapped without WRITEABLE and cannot become writable")
-    return KernelError(
-        errno.EINVAL,
-        f"the memory begins {start & PAGE_OFFSET:#x} bytes into a page, not at a multiple of the IOVA alignment "
-        f"{alignment:#x}",
-    )

@@ -20,6 +20,7 @@ from iommufd.engine.dmabuf import DmaBufFile, dmabuf_pages
 from iommufd.engine.failpoints import SLAB
 from iommufd.engine.file import File
 from iommufd.engine.io_pagetable import IOPagetable
+from iommufd.engine.map import map_one, map_pages
 from iommufd.engine.object import PUBLISHED, Object
 from iommufd.engine.pages import Pages
 from iommufd.engine.ranges import ULMAX, Ranges
@@ -64,7 +65,7 @@ class IOAS(Object):
         with self.context.world.lock:
             if self.context.compat_ioas is self:
                 self.context.compat_ioas = None
-        self.io_pagetable.unmap_range(0, ULMAX)
+        unmap_range(self.io_pagetable, 0, ULMAX)
 
     def map_user(self, task: Task, va: int, length: int, iova: int | None, prot: int) -> int:
         """core 4.9 rows 5-8, shared with the VFIO command: maps the task's memory and returns the IOVA."""
@@ -79,7 +80,7 @@ class IOAS(Object):
         start = va % PAGE_SIZE
         npages = (start + length + PAGE_SIZE - 1) >> PAGE_SHIFT
         pages = Pages(context.owner(task), va - start, npages, prot & WRITE != 0)
-        chosen = self.io_pagetable.map_one(task, pages, start, length, iova, prot)  # row 8
+        chosen = map_one(self.io_pagetable, task, pages, start, length, iova, prot)  # row 8
         if world.instruments:
             world.event("map", ioas=self.id, iova=chosen, length=length, va=va)
         return chosen
@@ -198,7 +199,7 @@ def ioas_map_file(call: Call) -> None:
     pieces: list[Piece] = [(pages, start % PAGE_SIZE, length)]
     iova = cmd.iova if flags & FIXED else None
     try:
-        cmd.iova = ioas.io_pagetable.map_pages(call.task, pieces, length, iova, prot)  # row 10
+        cmd.iova = map_pages(ioas.io_pagetable, call.task, pieces, length, iova, prot)  # row 10
     finally:
         forget_pieces(call.world, pieces)
     if call.world.instruments:
@@ -261,7 +262,7 @@ def ioas_copy(call: Call) -> None:
     try:
         target = call.get(cmd.dst_ioas_id, IOAS)  # row 8
         iova = cmd.dst_iova if flags & FIXED else None
-        cmd.dst_iova = target.io_pagetable.map_pages(call.task, pieces, length, iova, prot)  # row 9
+        cmd.dst_iova = map_pages(target.io_pagetable, call.task, pieces, length, iova, prot)  # row 9
     finally:
         forget_pieces(call.world, pieces)
     if call.world.instruments:

@@ -12,6 +12,7 @@ from itertools import islice
 from typing import TYPE_CHECKING
 
 from iommufd.engine.ioas import FIXED, IOAS, MAP_FLAGS, PROT, WRITEABLE
+from iommufd.engine.map import place
 from iommufd.engine.pages import Pages
 from iommufd.engine.ranges import ULMAX
 from iommufd.errors import KernelError
@@ -69,11 +70,9 @@ def _map(context: Context, ioas: IOAS, task: Task, data: bytearray, done: list[i
                 ):
                     return
                 start = va % PAGE_SIZE
-                pages = Pages(
-                    owner, va - start, (start + length + PAGE_SIZE - 1) >> PAGE_SHIFT, flags & WRITEABLE != 0
-                )
+                pages = Pages(owner, va - start, (start + length + PAGE_SIZE - 1) >> PAGE_SHIFT, flags & WRITEABLE != 0)
                 try:
-                    area = table.place(pages, start, length, iova if flags & FIXED else None, PROT[flags])
+                    area = place(table, pages, start, length, iova if flags & FIXED else None, PROT[flags])
                 except KernelError:
                     return
                 if not flags & FIXED:

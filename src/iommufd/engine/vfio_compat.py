@@ -22,6 +22,7 @@ from iommufd.engine.ioas import IOAS
 from iommufd.engine.object import PUBLISHED
 from iommufd.engine.ranges import ULMAX
 from iommufd.engine.task import CAP_SYS_RAWIO
+from iommufd.engine.unmap import cut, unmap_range
 from iommufd.errors import KernelError
 from iommufd.memory.frames import PAGE_SIZE
 from iommufd.uapi import vfio as v
@@ -228,13 +229,13 @@ def _unmap_dma(context: Context, task: Task, arg: int) -> int:
         if flags & v.VFIO_DMA_UNMAP_FLAG_ALL:
             if iova or size:  # row 4
                 raise KernelError(errno.EINVAL, f"ALL with iova {iova:#x} and size {size:#x}; both must be 0")
-            removed, failure = table.unmap_range(0, ULMAX)  # row 5
+            removed, failure = unmap_range(table, 0, ULMAX)  # row 5
         else:
             if table.large_pages_disabled:  # row 6: type 1
                 _cut(table, iova, size)
             failure = _range_error(iova, size)  # row 7
             if failure is None:
-                removed, failure = table.unmap_range(iova, iova + size - 1)  # row 8
+                removed, failure = unmap_range(table, iova, iova + size - 1)  # row 8
         if removed and context.world.instruments:
             context.world.event("unmap", ioas=ioas.id, iova=iova, length=removed)
         task.write(arg, _UNMAP.pack(argsz, flags, iova, removed))  # row 9: EFAULT beats what the walk said
@@ -253,9 +254,9 @@ def _range_error(iova: int, size: int) -> KernelError | None:
 
 def _cut(table: IOPagetable, iova: int, size: int) -> None:
     """Row 6: makes the range's two ends area boundaries; a failure leaves the first cut and removes nothing."""
-    table.cut(iova + size - 1 & ULMAX)
+    cut(table, iova + size - 1 & ULMAX)
     if iova:
-        table.cut(iova - 1)
+        cut(table, iova - 1)
 
 
 Handler = Callable[["Context", "Task", int], "int | Pending"]
