@@ -19,8 +19,8 @@ test: setup                      # all tests that need no kernel tree, no compil
 stress: setup                    # the tests that take long: threads race everything for a minute
 	@$(VENV)/python -m pytest -q -m "slow and not oracle" $(ARGS)
 
-lint: setup                      # style, types, and which room imports which
-	@status=0; for check in "ruff check" mypy "lint-imports --no-logo"; do $(VENV)/$$check || status=1; done; exit $$status
+lint: setup                      # style, types (two opinions), and which room imports which
+	@status=0; for check in "ruff check" mypy pyright "lint-imports --no-logo"; do $(VENV)/$$check || status=1; done; exit $$status
 
 bench: setup                     # medians, and their ratio to a floor measured in the same run
 	@$(VENV)/python -m bench $(ARGS)

@@ -18,26 +18,34 @@ class Backend(Protocol):
 
     def open(self, path: str, flags: int) -> int:
         """Opens ``path`` with ``os.O_*`` flags; returns a descriptor. OSError ENOENT when there is no such device."""
+        ...
 
     def ioctl(self, fd: int, cmd: int, arg: bytearray | int) -> int:
         """One ioctl. ``arg`` is the struct itself, changed in place, or a raw number (an address, or a value).
 
         Pointers inside the struct are addresses of this process. Returns the call's result, 0 or more."""
+        ...
 
     def read(self, fd: int, count: int, offset: int | None = None) -> bytes:
         """Up to ``count`` bytes, perhaps none: read(2), or pread(2) when an ``offset`` is given."""
+        ...
 
     def write(self, fd: int, data: bytes, offset: int | None = None) -> int:
         """Bytes taken: write(2), or pwrite(2) when an ``offset`` is given."""
+        ...
 
     def poll(self, fd: int, events: int, timeout: float | None) -> int:
         """Waits up to ``timeout`` seconds (None: forever) for any of ``events``; the ready mask, 0 on timeout."""
+        ...
 
     def mmap(self, fd: int, length: int, prot: int, flags: int, offset: int) -> memoryview:
         """Maps device memory; the mapping goes when the last view of it does. ``length`` in bytes, page multiples."""
+        ...
 
     def close(self, fd: int) -> None:
         """Closes the descriptor; the last one of a file releases it."""
+        ...
 
     def fileno(self, fd: int) -> int:
         """The number other system calls know the descriptor by (identity in both backends)."""
+        ...

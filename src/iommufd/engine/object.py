@@ -131,7 +131,7 @@ class ObjectTable:
         lock.acquire()  # half the price of a with statement, twice a call
         try:
             obj = self._objects.get(number)
-            if type(obj) is kind and obj.state == PUBLISHED and obj.wait > 0:
+            if obj is not None and type(obj) is kind and obj.state == PUBLISHED and obj.wait > 0:
                 obj.users += 1
                 obj.wait += 1
                 return obj

@@ -58,6 +58,7 @@ class Domain(Protocol):
 
     def free(self) -> None:
         """The last call; cannot fail."""
+        ...
 
 
 class BaseDomain:
@@ -88,6 +89,7 @@ class AttachesDevices(Protocol):
 
         EINVAL says "not with this device" (iommufd then tries another domain); anything else is a failure for the
         client. Going back to a domain that was good before, and to a blocked one, must succeed."""
+        ...
 
 
 @runtime_checkable
@@ -97,12 +99,14 @@ class SetsPasids(Protocol):
     def set_dev_pasid(self, device: Device, pasid: int, old: Domain | None) -> None:
         """Sets or replaces the domain of one PASID; on KernelError the PASID keeps ``old``. On a blocked domain:
         removal."""
+        ...
 
 
 @runtime_checkable
 class EnforcesCoherency(Protocol):
     def enforce_cache_coherency(self) -> bool:
         """Called once on a fresh domain, before anything is mapped; True when all DMA through it will be coherent."""
+        ...
 
 
 @runtime_checkable
@@ -112,6 +116,7 @@ class InvalidatesCaches(Protocol):
     def cache_invalidate_user(self, array: UserArray) -> None:
         """Handles ``array.entry_num`` entries and sets it to the number fully handled, on success and on
         KernelError."""
+        ...
 
 
 class DirtySink(Protocol):
@@ -119,11 +124,13 @@ class DirtySink(Protocol):
 
     def record(self, iova: int, length: int) -> None:
         """The entry that translates ``[iova, iova + length)`` is dirty."""
+        ...
 
     def record_bits(self, iova: int, size: int, bits: memoryview, count: int) -> None:
         """``count`` adjacent entries of ``size`` bytes (a power of two) at once, the first at ``iova``: entry n is
         dirty when bit n % 8 of byte n // 8 is set. None of them sticks out of the range that was asked for. ``bits``
         is the sink's only during the call."""
+        ...
 
 
 @runtime_checkable
@@ -132,11 +139,13 @@ class DirtyOps(Protocol):
 
     def set_dirty_tracking(self, enable: bool) -> None:
         """Idempotent."""
+        ...
 
     def read_and_clear_dirty(self, iova: int, length: int, *, clear: bool, sink: DirtySink | None) -> None:
         """Reports every dirty entry of ``[iova, iova + length)``, a range inside one mapped area, to ``sink`` (None:
         nobody wants to know) and makes it clean if ``clear``. Entries are whole: one that sticks out of the range is
         reported with its full span."""
+        ...
 
 
 class PagingDomain(Domain, Protocol):
@@ -152,9 +161,12 @@ class PagingDomain(Domain, Protocol):
 
         ``prot`` is a :class:`Prot`; ``page_by_page`` makes every entry one page (large pages are disabled). All or
         nothing; KernelError EINVAL, ERANGE, ENXIO, EADDRINUSE, ENOMEM (mock-device 2.6)."""
+        ...
 
     def unmap(self, iova: int, length: int) -> None:
         """Removes whatever is mapped in the range; cannot fail."""
+        ...
 
     def iova_to_phys(self, iova: int) -> int:
         """The physical address, exact to the byte; 0 when nothing is mapped there."""
+        ...

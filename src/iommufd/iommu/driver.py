@@ -93,24 +93,28 @@ class Driver(Protocol):
 
     def capable(self, device: Device, capability: Capability) -> bool:
         """A pure query."""
+        ...
 
 
 @runtime_checkable
 class HasHwInfo(Protocol):
     def hw_info(self, device: Device, requested: int) -> HwInfo:
         """``requested`` 0: the driver's own type; a type it does not know: EOPNOTSUPP. The answer's type is not 0."""
+        ...
 
 
 @runtime_checkable
 class AllocatesPagingWithFlags(Protocol):
     def domain_alloc_paging_flags(self, device: Device, flags: int, data: UserData | None) -> PagingDomain:
         """``flags`` within NEST_PARENT, DIRTY_TRACKING, PASID; what the driver cannot do is EOPNOTSUPP."""
+        ...
 
 
 @runtime_checkable
 class AllocatesPaging(Protocol):
     def domain_alloc_paging(self, device: Device) -> PagingDomain | None:
         """A plain page table; None means no memory."""
+        ...
 
 
 @runtime_checkable
@@ -118,27 +122,32 @@ class AllocatesNested(Protocol):
     def domain_alloc_nested(self, device: Device, parent: Domain, flags: int, data: UserData) -> Domain:
         """A user-managed stage-1 on ``parent``; ``flags`` within PASID. Wrong data type: EOPNOTSUPP; malformed:
         EINVAL."""
+        ...
 
 
 @runtime_checkable
 class HasReservedRegions(Protocol):
     def get_resv_regions(self, device: Device) -> list[ReservedRegion]:
         """Cannot fail; asked at probe, at every RID attach and at replace to a new IOAS."""
+        ...
 
 
 @runtime_checkable
 class RespondsToPages(Protocol):
     def page_response(self, device: Device, request: PageRequest, code: ResponseCode) -> None:
         """The answer to one last-of-group request; cannot fail."""
+        ...
 
 
 @runtime_checkable
 class HasViommus(Protocol):
     def viommu_supported(self, device: Device, type: int) -> bool:
         """Whether ``type`` exists on this device's IOMMU (kernel: get_viommu_size not 0)."""
+        ...
 
     def viommu_init(self, viommu: DriverViommu, parent: PagingDomain, data: UserData | None) -> None:
         """Sets ``viommu.ops``."""
+        ...
 
 
 @runtime_checkable

@@ -41,19 +41,24 @@ class DriverViommu(Protocol):
 
     def find_device(self, virt_id: int) -> Device | None:
         """The device whose vDEVICE here has that id."""
+        ...
 
     def vdev_id(self, device: Device) -> int:
         """The id of the device's vDEVICE on this vIOMMU; ENOENT when it has none here."""
+        ...
 
     def report_event(self, type: int, data: bytes) -> None:
         """Queues an event; EOPNOTSUPP when nobody has a queue of that type. A full queue loses it silently."""
+        ...
 
     def alloc_mmap(self, length: int) -> MmapRegion:
         """New zeroed memory that can be mapped. EINVAL unless whole pages, ENOMEM, EBUSY. The kernel takes a physical
         address instead; here the memory a program maps and the memory a device model uses are one file."""
+        ...
 
     def destroy_mmap(self, offset: int) -> None:
         """Gives the region at ``offset`` back; those left go with the vIOMMU."""
+        ...
 
 
 class DriverVdevice(Protocol):
@@ -76,6 +81,7 @@ class DriverHwQueue(Protocol):
 
     def depend(self, on: DriverHwQueue) -> None:
         """This queue keeps ``on`` alive; EINVAL for itself or a queue of another vIOMMU."""
+        ...
 
     def undepend(self, on: DriverHwQueue) -> None: ...
 
@@ -84,6 +90,7 @@ class DriverHwQueue(Protocol):
 class DestroysViommu(Protocol):
     def destroy(self, viommu: DriverViommu) -> None:
         """The last call."""
+        ...
 
 
 @runtime_checkable
@@ -95,6 +102,7 @@ class AllocatesNestedOnViommu(Protocol):
 class InvalidatesViommuCaches(Protocol):
     def cache_invalidate(self, viommu: DriverViommu, array: UserArray) -> None:
         """As :meth:`~iommufd.iommu.domain.InvalidatesCaches.cache_invalidate_user`, for the whole vIOMMU."""
+        ...
 
 
 @runtime_checkable

@@ -155,10 +155,12 @@ def bar_of(bar: Any, who: str) -> Bar | None:
     if isinstance(size, bool) or not isinstance(size, int):
         raise ValueError(f"{who}: size is a number of bytes, not {size!r}")
     kinds = {k.value: k for k in BarKind}
-    if kind not in kinds and not isinstance(kind, BarKind):
-        raise ValueError(f"{who}: there is no kind {kind!r}; there are: {choices(kinds)}")
+    if not isinstance(kind, BarKind):
+        if not isinstance(kind, str) or kind not in kinds:
+            raise ValueError(f"{who}: there is no kind {kind!r}; there are: {choices(kinds)}")
+        kind = kinds[kind]
     try:
-        return Bar(**{**bar, "kind": kinds.get(kind, kind)})
+        return Bar(**{**bar, "kind": kind})
     except ValueError as error:
         raise ValueError(f"{who}: {error}") from None
 

@@ -40,15 +40,19 @@ class Source(Protocol):
 
     def load(self, position: int, count: int) -> bytes:
         """Exactly ``count`` bytes; KernelError(EFAULT) when they cannot be had."""
+        ...
 
     def save(self, position: int, data: bytes | bytearray | memoryview) -> None:
         """Stores all of ``data``; KernelError(EFAULT) when it cannot be."""
+        ...
 
     def view(self, position: int, count: int) -> memoryview | None:
         """The bytes themselves, writable, where that is safe for as long as they are pinned; else None."""
+        ...
 
     def forget(self, position: int, count: int) -> None:
         """Nobody will ask for these bytes again. Called with the allocator's lock held; cannot fail."""
+        ...
 
 
 class FileUse(Protocol):

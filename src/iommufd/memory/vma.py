@@ -71,36 +71,47 @@ class Host(Protocol):
     def query(self, va: int) -> Vma | None:
         """The VMA that contains ``va``, else the next above it; None when there is none. ProcessLookupError when the
         address space is gone (exit or exec)."""
+        ...
 
     def read(self, va: int, count: int) -> bytes:
         """The leading bytes of ``[va, va + count)`` that can be read under the page protections, perhaps none."""
+        ...
 
     def write(self, va: int, data: bytes | bytearray | memoryview) -> int:
         """Writes the leading bytes that can be written under the page protections; how many."""
+        ...
 
     def peek(self, va: int, count: int) -> bytes:
         """As ``read``, whatever the protections are: what a device sees."""
+        ...
 
     def poke(self, va: int, data: bytes | bytearray | memoryview) -> int:
         """As ``write``, whatever the protections are."""
+        ...
 
     def touched(self, va: int, end: int) -> list[tuple[int, int]]:
         """The parts ``(start, end)`` of ``[va, end)`` that may hold something else than zeroes."""
+        ...
 
     def open_file(self, vma: Vma) -> int | None:
         """A new descriptor of the file (``vma.dev``, ``vma.ino``), or None when the process has none to offer."""
+        ...
 
     def exec_coming(self) -> None:
         """An exec is about to be tried; what copies by process number must stop doing so."""
+        ...
 
     def mlocked_pages(self) -> int:
         """Pages the process itself has locked (mlock)."""
+        ...
 
     def alive(self) -> bool:
         """False once the address space has been given up by exit or exec."""
+        ...
 
     def close(self) -> None:
         """Nothing is asked any more."""
+        ...
 
 
 def check_pin(vma: Vma, va: int, write: bool, long_term: bool) -> None:
