@@ -1,15 +1,12 @@
 """Disjoint intervals in address order, and the holes between them: what the kernel keeps in an interval tree.
 
 Invariants: intervals are inclusive ``[first, last]``, 0 <= first <= last < 2**64, never overlap, and stand in ascending
-order in *blocks* of at most ``LOAD``, blocks in *groups* of at most ``GROUP``. A block holds three rows: where each
-interval begins, how long the hole before it is, and its value. Where an interval ends follows from the next one and the
-hole between (``ends`` has it for the last of a block), so an entry costs 24 bytes, keys included, and the hole rows are
-what a hole search reads.
+order in blocks of at most ``LOAD``, blocks in groups of at most ``GROUP`` (:mod:`.blocks`).
 
-``tops`` (per block), ``_tops`` (per group) and ``_peaks`` (per ``FAN`` groups) are *upper bounds* of the longest hole
-before any interval there. Inserting only makes holes shorter, so bounds stay true without work; removing raises them; a
-search that was led astray by one lowers it. So a search for a long hole does not look at short ones, and neither
-direction ever rebuilds more than one group, but for the few peaks.
+``tops`` of a group (per block), ``_tops`` (per group) and ``_peaks`` (per ``FAN`` groups) are *upper bounds* of the
+longest hole before any interval there. Inserting only makes holes shorter, so bounds stay true without work; removing
+raises them; a search that was led astray by one lowers it. So a search for a long hole does not look at short ones, and
+neither direction ever rebuilds more than one group, but for the few peaks.
 """
 
 from __future__ import annotations
@@ -18,78 +15,15 @@ from array import array
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
 from itertools import islice
-from typing import Generic, TypeVar
+from typing import Generic
 
-V = TypeVar("V")
+from iommufd.memory.blocks import Group, V
 
 LOAD = 64  # intervals in a block
 GROUP = 64  # blocks in a group
 FAN = 16  # groups under one peak
 
 ADDRESS_LAST = 2**64 - 1
-
-
-class _Group(Generic[V]):
-    """Up to ``GROUP`` blocks; index b of every row is block b."""
-
-    __slots__ = ("ends", "firsts", "gaps", "mins", "tops", "values")
-
-    def __init__(self) -> None:
-        self.mins = array("Q")  # first address of the block
-        self.ends = array("Q")  # last address of the block
-        self.tops: list[int] = []
-        self.firsts: list[array[int]] = []
-        self.gaps: list[array[int]] = []
-        self.values: list[list[V]] = []
-
-    def last_of(self, b: int, i: int) -> int:
-        """The last address of interval ``i`` of block ``b``."""
-        firsts = self.firsts[b]
-        i += 1
-        return firsts[i] - self.gaps[b][i] - 1 if i < len(firsts) else self.ends[b]
-
-    def insert_block(self, b: int, firsts: array[int], gaps: array[int], values: list[V], end: int, top: int) -> None:
-        self.mins.insert(b, firsts[0])
-        self.ends.insert(b, end)
-        self.tops.insert(b, top)
-        self.firsts.insert(b, firsts)
-        self.gaps.insert(b, gaps)
-        self.values.insert(b, values)
-
-    def delete_block(self, b: int) -> None:
-        del self.mins[b], self.ends[b], self.tops[b], self.firsts[b], self.gaps[b], self.values[b]
-
-    def split_block(self, b: int) -> None:
-        half = len(self.firsts[b]) // 2
-        firsts, gaps, values = self.firsts[b], self.gaps[b], self.values[b]
-        self.insert_block(b + 1, firsts[half:], gaps[half:], values[half:], self.ends[b], self.tops[b])
-        self.firsts[b], self.gaps[b], self.values[b] = firsts[:half], gaps[:half], values[:half]
-        self.ends[b] = firsts[half] - gaps[half] - 1
-
-    def join_block(self, b: int) -> None:
-        """Block ``b`` swallows the next one."""
-        self.firsts[b] += self.firsts[b + 1]
-        self.gaps[b] += self.gaps[b + 1]
-        self.values[b] += self.values[b + 1]
-        self.ends[b] = self.ends[b + 1]
-        self.tops[b] = max(self.tops[b], self.tops[b + 1])
-        self.delete_block(b + 1)
-
-    def cut(self, b: int) -> _Group[V]:
-        """Takes the blocks from ``b`` on away, as a new group."""
-        other: _Group[V] = _Group()
-        other.take(self, b)
-        del self.mins[b:], self.ends[b:], self.tops[b:], self.firsts[b:], self.gaps[b:], self.values[b:]
-        return other
-
-    def take(self, other: _Group[V], b: int = 0) -> None:
-        """Appends the blocks of ``other`` from ``b`` on."""
-        self.mins += other.mins[b:]
-        self.ends += other.ends[b:]
-        self.tops += other.tops[b:]
-        self.firsts += other.firsts[b:]
-        self.gaps += other.gaps[b:]
-        self.values += other.values[b:]
 
 
 class IntervalIndex(Generic[V]):
@@ -101,12 +35,12 @@ class IntervalIndex(Generic[V]):
     __slots__ = ("_groups", "_heads", "_peaks", "_size", "_spare", "_tops")
 
     def __init__(self) -> None:
-        self._groups: list[_Group[V]] = []
+        self._groups: list[Group[V]] = []
         self._heads = array("Q")  # first address of each group
         self._tops: list[int] = []
         self._peaks: list[int] | None = None  # made when needed
         self._size = 0
-        self._spare: _Group[V] | None = None  # of the last interval that went: one block, without an interval
+        self._spare: Group[V] | None = None  # of the last interval that went: one block, without an interval
 
     # ---------------------------------------------------------------------------------------------------- looking up
 
@@ -189,12 +123,11 @@ class IntervalIndex(Generic[V]):
         """The n-th interval in address order, from 0. IndexError when there are not so many. O(blocks)."""
         if not 0 <= n < self._size:
             raise IndexError(n)
-        for group in self._groups:
-            count = sum(map(len, group.firsts))
-            if n < count:
-                break
+        g = b = 0
+        while n >= (count := sum(map(len, self._groups[g].firsts))):
             n -= count
-        b = 0
+            g += 1
+        group = self._groups[g]
         while n >= len(group.firsts[b]):
             n -= len(group.firsts[b])
             b += 1
@@ -202,21 +135,21 @@ class IntervalIndex(Generic[V]):
 
     def items(self, first: int = 0, last: int = ADDRESS_LAST) -> Iterator[tuple[int, int, V]]:
         """The intervals that intersect ``[first, last]``, ascending."""
-        g, b, i = self._position(first)
-        if g < 0 or self._groups[g].last_of(b, i) < first:
-            g, b, i = self._next(g, b, i)
-        for g in range(g, len(self._groups)):  # noqa: B020 - starts where the search ended
-            group = self._groups[g]
-            for b in range(b, len(group.firsts)):  # noqa: B020
+        g, from_b, from_i = self._position(first)
+        if g < 0 or self._groups[g].last_of(from_b, from_i) < first:
+            g, from_b, from_i = self._next(g, from_b, from_i)
+        for at in range(g, len(self._groups)):
+            group = self._groups[at]
+            for b in range(from_b, len(group.firsts)):
                 firsts, gaps, values = group.firsts[b], group.gaps[b], group.values[b]
                 end = len(firsts) - 1
-                for i in range(i, end + 1):  # noqa: B020
+                for i in range(from_i, end + 1):
                     start = firsts[i]
                     if start > last:
                         return
                     yield start, firsts[i + 1] - gaps[i + 1] - 1 if i < end else group.ends[b], values[i]
-                i = 0
-            b = 0
+                from_i = 0
+            from_b = 0
 
     def _position(self, addr: int) -> tuple[int, int, int]:
         """Group, block and place of the last interval that begins at or below ``addr``; (-1, 0, 0) without one."""
@@ -251,7 +184,7 @@ class IntervalIndex(Generic[V]):
                 self._insert_only(first, last, value)
                 return
             g, b, i, gap = 0, 0, 0, first
-            group: _Group[V] = self._groups[0]
+            group: Group[V] = self._groups[0]
             firsts, gaps = group.firsts[0], group.gaps[0]
             gaps[0] = firsts[0] - last - 1
             group.mins[0] = heads[0] = first
@@ -273,7 +206,7 @@ class IntervalIndex(Generic[V]):
                 if i >= LOAD and b + 1 == len(group.mins) and g + 1 == len(heads):
                     # An ascending fill leaves full blocks and groups behind.
                     if b + 1 == GROUP:
-                        group = _Group()
+                        group = Group()
                         self._insert_group(g + 1, group, first)
                         g, b = g + 1, -1
                     group.insert_block(b + 1, array("Q", (first,)), array("Q", (gap,)), [value], last, gap)
@@ -337,7 +270,7 @@ class IntervalIndex(Generic[V]):
         """The first interval of an empty index. One that comes and goes alone finds its rows where it left them."""
         group = self._spare
         if group is None:
-            group = _Group()
+            group = Group()
             group.insert_block(0, array("Q", (first,)), array("Q", (first,)), [value], last, first)
         else:
             self._spare = None
@@ -360,7 +293,11 @@ class IntervalIndex(Generic[V]):
 
     def clear(self) -> None:
         """Removes everything."""
-        self.__init__()  # type: ignore[misc]
+        self._groups.clear()
+        self._tops.clear()
+        del self._heads[:]
+        self._peaks = None
+        self._size = 0
 
     def _shorten_after(self, g: int, b: int, last: int) -> bool:
         """The hole after block ``b`` begins after ``last`` now. False, and nothing done, if that overlaps."""
@@ -409,7 +346,7 @@ class IntervalIndex(Generic[V]):
             self._tops[g] = max(self._tops[g], self._tops[g + 1])
             self._delete_group(g + 1)
 
-    def _insert_group(self, g: int, group: _Group[V], head: int) -> None:
+    def _insert_group(self, g: int, group: Group[V], head: int) -> None:
         self._groups.insert(g, group)
         self._heads.insert(g, head)
         self._tops.insert(g, max(group.tops, default=0))
@@ -429,12 +366,12 @@ class IntervalIndex(Generic[V]):
         at_least = max(at_least, 1)
         if at_least > last - first + 1:
             return
-        g, b, i = self._next(*self._position(first))
+        g, from_b, i = self._next(*self._position(first))
         if g < len(self._groups):
             # The hole at the window's start is the only one that may begin below it.
             group = self._groups[g]
-            start = group.firsts[b][i]
-            low, high = max(first, start - group.gaps[b][i]), min(start - 1, last)
+            start = group.firsts[from_b][i]
+            low, high = max(first, start - group.gaps[from_b][i]), min(start - 1, last)
             if high - low + 1 >= at_least:
                 yield low, high
             if start >= last:
@@ -444,8 +381,8 @@ class IntervalIndex(Generic[V]):
             group = self._groups[g]
             if self._tops[g] >= at_least:
                 tops = group.tops
-                whole, found = b == 0, False
-                for b in range(b, len(tops)):  # noqa: B020 - starts where the window does
+                whole, found = from_b == 0, False
+                for b in range(from_b, len(tops)):
                     if tops[b] >= at_least:
                         gaps = group.gaps[b]
                         found_here = False
@@ -469,7 +406,7 @@ class IntervalIndex(Generic[V]):
                     i = 0
                 if whole and not found:
                     self._tops[g] = max(tops)
-            g, b, i = self._next_group(g + 1, at_least), 0, 0
+            g, from_b, i = self._next_group(g + 1, at_least), 0, 0
         low = first
         if self._groups:
             low = max(first, self._groups[-1].ends[-1] + 1)
