@@ -5,10 +5,12 @@ full C name (``IOMMU_IOAS_MAP_READABLE``, for fast tests) and as a member, witho
 header declares it in (``iommufd_ioas_map_flags.READABLE``, for showing).
 """
 
-from iommufd.uapi.iommufd.dirty import *  # noqa: F403
-from iommufd.uapi.iommufd.faults import *  # noqa: F403
-from iommufd.uapi.iommufd.hw_info import *  # noqa: F403
-from iommufd.uapi.iommufd.hwpt import *  # noqa: F403
-from iommufd.uapi.iommufd.ioas import *  # noqa: F403
-from iommufd.uapi.iommufd.numbers import *  # noqa: F403
-from iommufd.uapi.iommufd.viommu import *  # noqa: F403
+# ruff: noqa: F403 - a package stands for one C header: whatever its modules declare is imported from here
+
+from iommufd.uapi.iommufd.dirty import *
+from iommufd.uapi.iommufd.faults import *
+from iommufd.uapi.iommufd.hw_info import *
+from iommufd.uapi.iommufd.hwpt import *
+from iommufd.uapi.iommufd.ioas import *
+from iommufd.uapi.iommufd.numbers import *
+from iommufd.uapi.iommufd.viommu import *

@@ -5,9 +5,11 @@ before 6.2, the first release with iommufd, is marked as of 6.2, because no earl
 header names its flags by ``#define`` only; the names of the IntFlag classes are ours.
 """
 
-from iommufd.uapi.vfio.cdev import *  # noqa: F403
-from iommufd.uapi.vfio.container import *  # noqa: F403
-from iommufd.uapi.vfio.device import *  # noqa: F403
-from iommufd.uapi.vfio.feature import *  # noqa: F403
-from iommufd.uapi.vfio.group import *  # noqa: F403
-from iommufd.uapi.vfio.numbers import *  # noqa: F403
+# ruff: noqa: F403 - a package stands for one C header: whatever its modules declare is imported from here
+
+from iommufd.uapi.vfio.cdev import *
+from iommufd.uapi.vfio.container import *
+from iommufd.uapi.vfio.device import *
+from iommufd.uapi.vfio.feature import *
+from iommufd.uapi.vfio.group import *
+from iommufd.uapi.vfio.numbers import *
