@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import ctypes
 from numbers import Integral
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Protocol, SupportsIndex, TypeAlias, TypeGuard
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -57,12 +57,12 @@ _from_buffer = ctypes.c_char.from_buffer
 _addressof = ctypes.addressof
 
 
-def hold(source: Buffer | HasArrayInterface) -> tuple[memoryview, int]:
+def hold(source: object) -> tuple[memoryview, int]:
     """A view of the whole buffer, and the address of its first byte.
 
     TypeError for what is no buffer, ValueError for an empty one and for one that is not a single piece of memory."""
     try:
-        view = memoryview(source)  # type: ignore[arg-type]
+        view = memoryview(source)  # type: ignore[arg-type]  # whether it is a buffer is what is being asked
     except TypeError:
         raise TypeError(
             f"{type(source).__name__} is neither a buffer (bytearray, mmap, array, NumPy array), nor an address, nor a "
@@ -96,9 +96,19 @@ def _address(view: memoryview) -> int:
     return address
 
 
-def is_number(source: object) -> bool:
+def is_number(source: object) -> TypeGuard[SupportsIndex]:
     """Whether ``source`` is a number (an address), though it may export a buffer as NumPy's numbers do."""
     return isinstance(source, Integral)
+
+
+def has_fileno(source: object) -> TypeGuard[HasFileno]:
+    """Whether there is a descriptor behind ``source``."""
+    return hasattr(source, "fileno")
+
+
+def read_only(source: object) -> ValueError:
+    """The error for memory that cannot be mapped writeable."""
+    return ValueError(f"this {type(source).__name__} is read-only: it cannot be mapped writeable")
 
 
 class Scratch:

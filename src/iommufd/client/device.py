@@ -159,12 +159,6 @@ class Device(Object):
         self._check()
         return get_hw_info(self, None if type is None else number(type, "type", 2**32 - 1))
 
-    def _do(self, query: Any) -> Any:
-        try:
-            return self.context.do(query)
-        except OSError as error:
-            raise self._gone(error) from None
-
     # ------------------------------------------------------------------------------------------------------------ life
 
     def close(self) -> None:

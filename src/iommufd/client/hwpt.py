@@ -8,7 +8,7 @@ by itself, too: closing it does nothing.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from iommufd.client.buffers import Scratch
 from iommufd.client.calls import packed
@@ -77,7 +77,7 @@ class HWPT(PageTable):
         *,
         automatic: bool = False,
     ) -> None:
-        super().__init__(context, number, *(parent for parent in (ioas, fault_queue) if parent is not None))
+        super().__init__(context, number, ioas, fault_queue)
         self.ioas = ioas
         self.fault_queue = fault_queue
         self.automatic = automatic
@@ -173,12 +173,6 @@ class HWPT(PageTable):
         back = data.unpack(memory.bytes()) if data is not None else None
         return VIOMMU(self.context, answer.out_viommu_id, self, type, back)
 
-    def _do(self, query: Any) -> Any:
-        try:
-            return self.context.do(query)
-        except OSError as error:
-            raise self._gone(error) from None
-
     def _describe(self) -> str:
         words = [f"of IOAS {self.ioas.number}"] if self.ioas is not None else []
         if self.automatic:
@@ -200,7 +194,7 @@ class NestedHWPT(PageTable):
         parent: HWPT | VIOMMU | None = None,
         fault_queue: FaultQueue | None = None,
     ) -> None:
-        super().__init__(context, number, *(holder for holder in (parent, fault_queue) if holder is not None))
+        super().__init__(context, number, parent, fault_queue)
         self.parent = parent
         self.fault_queue = fault_queue
 

@@ -12,38 +12,40 @@ Invariants:
 from __future__ import annotations
 
 import errno
-import os
 import struct
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
-from iommufd.client.buffers import Scratch, hold, is_number
-from iommufd.client.errors import IommufdError
-from iommufd.client.mapping import Mapping, span
-from iommufd.client.numbers import U64, instance, number, plural, size
+from iommufd.client import files
+from iommufd.client.buffers import Scratch, has_fileno, hold, is_number, read_only
+from iommufd.client.map_many import map_many
+from iommufd.client.mapping import (
+    FIXED,
+    MAP,
+    MAP_STRUCT,
+    READ,
+    UNMAP,
+    UNMAP_STRUCT,
+    WRITE,
+    Mapping,
+    span,
+    views_of,
+)
+from iommufd.client.numbers import U64, instance, number, part, plural, size
 from iommufd.client.objects import PageTable
 from iommufd.uapi import iommufd as u
 
 if TYPE_CHECKING:
+    from typing import SupportsIndex
+
     from iommufd.client.buffers import HasFileno, Source
+    from iommufd.client.context import Context
     from iommufd.client.device import Device
     from iommufd.client.fault_queue import FaultQueue
     from iommufd.client.hwpt import HWPT
     from iommufd.client.nesting import HwptData
 
-FIXED, WRITE, READ = u.IOMMU_IOAS_MAP_FIXED_IOVA, u.IOMMU_IOAS_MAP_WRITEABLE, u.IOMMU_IOAS_MAP_READABLE
-MAP, UNMAP = u.IOMMU_IOAS_MAP, u.IOMMU_IOAS_UNMAP
-
-# the two calls that are made a million times are packed by hand: struct iommu_ioas_map, struct iommu_ioas_unmap
-_MAP_STRUCT = struct.Struct("<IIIIQQQ")
-_MAP, _MAP_INTO, _MAP_BACK, _MAP_ALL = (
-    _MAP_STRUCT.pack,
-    _MAP_STRUCT.pack_into,
-    _MAP_STRUCT.unpack_from,
-    _MAP_STRUCT.iter_unpack,
-)
-MAP_SIZE = _MAP_STRUCT.size
-_UNMAP = struct.Struct("<IIQQ").pack
+_MAP, _UNMAP = MAP_STRUCT.pack, UNMAP_STRUCT.pack
 _IOVA = struct.Struct("<Q").unpack_from
 
 
@@ -62,7 +64,7 @@ class IOAS(PageTable):
 
     kind: ClassVar[str] = "IOAS"
 
-    def __init__(self, context: Any, number: int) -> None:
+    def __init__(self, context: Context, number: int) -> None:
         super().__init__(context, number)
         self._mappings: dict[int, Mapping] = {}
 
@@ -100,25 +102,24 @@ class IOAS(PageTable):
             return self._map_address(source, iova, length, offset, readable, writeable)
         keep: memoryview | None
         try:
-            keep, address = hold(source)  # type: ignore[arg-type]
+            keep, address = hold(source)
         except TypeError:
             if is_number(source):
-                return self._map_address(source, iova, length, offset, readable, writeable)  # type: ignore[arg-type]
-            if hasattr(source, "fileno"):
-                file: Any = source
-                return self.map_file(file, iova, length, offset, readable=readable, writeable=writeable)
+                return self._map_address(source, iova, length, offset, readable, writeable)
+            if has_fileno(source):
+                return self.map_file(source, iova, length, offset, readable=readable, writeable=writeable)
             raise
         try:
             if not keep.ndim and is_number(source):  # a number of NumPy's: an address, whose own bytes nobody wants
-                return self._map_address(int(source), iova, length, offset, readable, writeable)  # type: ignore[arg-type]
+                return self._map_address(source, iova, length, offset, readable, writeable)
             if writeable is None:
                 writeable = not keep.readonly
             elif writeable and keep.readonly:
-                raise ValueError(f"this {type(source).__name__} is read-only: it cannot be mapped writeable")
+                raise read_only(source)
             if length is None and not offset:
                 length = keep.nbytes
             else:
-                length, offset = _part(keep.nbytes, length, offset, type(source).__name__)
+                length, offset = part(keep.nbytes, length, offset, type(source).__name__)
             mapping = self._map(address + offset, length, iova, readable, writeable, keep)
             keep = None
         finally:
@@ -127,7 +128,13 @@ class IOAS(PageTable):
         return mapping
 
     def _map_address(
-        self, address: int, iova: int | None, length: int | None, offset: int, readable: bool, writeable: bool | None
+        self,
+        address: SupportsIndex,
+        iova: int | None,
+        length: int | None,
+        offset: int,
+        readable: bool,
+        writeable: bool | None,
     ) -> Mapping:
         if length is None:
             raise TypeError("an address needs a length (a descriptor goes to map_file)")
@@ -176,13 +183,12 @@ class IOAS(PageTable):
         ``writeable`` what the descriptor was opened for (the kernel itself does not compare). EINVAL, at the latest
         when a device is attached, for other files and for bytes beyond the end (core 4.10).
         """
-        fd = number(file if isinstance(file, int) else _fileno(file), "a descriptor", 2**31 - 1)
+        fd = files.descriptor(file)
         offset = number(offset, "offset")
         if length is None:
-            total = _file_size(fd)
-            length, offset = _part(total, None, offset, "file")
+            length, offset = part(files.size_of(fd), None, offset, "file")
         if writeable is None:
-            writeable = _opened_for_writing(fd)
+            writeable = files.writeable(fd)
         answer = u.iommu_ioas_map_file(
             flags=(READ if readable else 0) | (WRITE if writeable else 0) | (0 if iova is None else FIXED),
             ioas_id=self._id,
@@ -206,87 +212,7 @@ class IOAS(PageTable):
         """Maps each of ``sources`` as :meth:`map` would (``iovas[i]`` is where, if given); all of them, or none.
 
         Faster than a loop, most of all on a software machine."""
-        sources = list(sources)
-        if iovas is not None and len(iovas) != len(sources):
-            raise ValueError(f"{plural(len(sources), 'source')} and {plural(len(iovas), 'IOVA')}")
-        views: list[memoryview] = []
-        data = bytearray(len(sources) * MAP_SIZE)
-        done = [0]
-        try:
-            if not self._prepare(sources, iovas, readable, writeable, views, data):
-                return self._map_each(sources, iovas, readable, writeable)
-            try:
-                self.context.ioctl_many(MAP, data, MAP_SIZE, done)
-            except BaseException as error:
-                for at in range((done[0] - 1) * MAP_SIZE, -1, -MAP_SIZE):
-                    _, _, _, _, _, length, iova = _MAP_BACK(data, at)
-                    self.context.ioctl(UNMAP, bytearray(_UNMAP(24, self._id, iova, length)))
-                if isinstance(error, OSError):
-                    raise self._gone(error) from None
-                raise
-            made: list[Mapping] = []
-            mappings = self._mappings
-            for view, (_, flags, _, _, _, length, iova) in zip(views, _MAP_ALL(data), strict=True):
-                mapping = mappings[iova] = Mapping(self, iova, length, readable, flags & WRITE != 0, view)
-                made.append(mapping)
-            views = []
-            return made
-        finally:
-            for view in views:
-                view.release()
-
-    def _prepare(
-        self,
-        sources: list[Source],
-        iovas: Sequence[int] | None,
-        readable: bool,
-        writeable: bool | None,
-        views: list[memoryview],
-        data: bytearray,
-    ) -> bool:
-        """Fills ``data`` with a struct for each of ``sources``, which are held by ``views``; False when one is no
-        buffer."""
-        common = READ if readable else 0
-        at = 0
-        for i, source in enumerate(sources):
-            try:
-                view, address = hold(source)  # type: ignore[arg-type]
-            except TypeError:
-                return False
-            views.append(view)
-            if not view.ndim and is_number(source):
-                return False
-            flags = common
-            if writeable or (writeable is None and not view.readonly):
-                if view.readonly:
-                    raise ValueError(f"this {type(source).__name__} is read-only: it cannot be mapped writeable")
-                flags |= WRITE
-            iova = 0
-            if iovas is not None:
-                iova = iovas[i]
-                flags |= FIXED
-            try:
-                _MAP_INTO(data, at, MAP_SIZE, flags, self._id, 0, address, view.nbytes, iova)
-            except struct.error:
-                number(iova, "iova")
-                raise
-            at += MAP_SIZE
-        return True
-
-    def _map_each(
-        self, sources: list[Source], iovas: Sequence[int] | None, readable: bool, writeable: bool | None
-    ) -> list[Mapping]:
-        """:meth:`map_many` of other things than buffers."""
-        done: list[Mapping] = []
-        try:
-            for i, source in enumerate(sources):
-                at = None if iovas is None else iovas[i]
-                done.append(self.map(source, at, readable=readable, writeable=writeable))
-        except BaseException:
-            for mapping in reversed(done):
-                mapping.unmap()
-            raise
-        return done
+        return map_many(self, list(sources), iovas, readable, writeable)
 
     def copy_to(
         self,
@@ -311,7 +237,7 @@ class IOAS(PageTable):
         origins = self._within(iova, iova + length - 1, touching=True)
         if writeable is None:
             writeable = all(origin.writeable for origin in origins)
-        views = _views(origins)
+        views = views_of(origins)
         try:
             answer = u.iommu_ioas_copy(
                 flags=(READ if readable else 0) | (WRITE if writeable else 0) | (0 if to is None else FIXED),
@@ -358,14 +284,14 @@ class IOAS(PageTable):
             return iova.length
         iova, length = span(iova, length)
         gone = self._within(iova, iova + length - 1)
-        done: int = self._do(u.iommu_ioas_unmap(ioas_id=self._id, iova=iova, length=length)).length
+        done = self._do(u.iommu_ioas_unmap(ioas_id=self._id, iova=iova, length=length)).length
         self._forget_all(gone)
         return done
 
     def unmap_all(self) -> int:
         """Unmaps everything; returns the bytes that went."""
         gone = list(self._mappings.values())
-        done: int = self._do(u.iommu_ioas_unmap(ioas_id=self._id, iova=0, length=U64)).length
+        done = self._do(u.iommu_ioas_unmap(ioas_id=self._id, iova=0, length=U64)).length
         self._forget_all(gone)
         return done
 
@@ -496,12 +422,6 @@ class IOAS(PageTable):
 
     # ----------------------------------------------------------------------------------------------------------- life
 
-    def _do(self, query: Any) -> Any:
-        try:
-            return self.context.do(query)
-        except OSError as error:
-            raise self._gone(error) from None
-
     def _forget(self) -> None:
         super()._forget()
         mappings = list(self._mappings.values())
@@ -512,53 +432,3 @@ class IOAS(PageTable):
     def _describe(self) -> str:
         mapped = list(self._mappings.values())
         return f"{plural(len(mapped), 'mapping')}, {size(sum(m.length for m in mapped))}"
-
-
-def _part(total: int, length: int | None, offset: int, what: str) -> tuple[int, int]:
-    """The part of ``total`` bytes that ``length`` and ``offset`` mean: (length, offset)."""
-    offset = number(offset, "offset")
-    length = max(total - offset, 0) if length is None else number(length, "length")
-    if not length or offset + length > total:
-        raise ValueError(f"{length} bytes from offset {offset}: this {what} has {total}")
-    return length, offset
-
-
-def _fileno(file: HasFileno) -> int:
-    if not hasattr(file, "fileno"):
-        raise TypeError(f"{type(file).__name__} is neither a file nor a descriptor")
-    return file.fileno()
-
-
-def _file_size(fd: int) -> int:
-    """Bytes of a memfd or dma-buf; the position of the descriptor stays."""
-    try:
-        found = os.fstat(fd).st_size
-        if not found:  # a dma-buf tells its size by seeking only
-            here = os.lseek(fd, 0, os.SEEK_CUR)
-            found = os.lseek(fd, 0, os.SEEK_END)
-            os.lseek(fd, here, os.SEEK_SET)
-    except OSError as error:
-        raise IommufdError(error.errno or 0, f"the size of descriptor {fd} cannot be known: give a length") from None
-    return found
-
-
-def _opened_for_writing(fd: int) -> bool:
-    import fcntl
-
-    try:
-        return bool(fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE)
-    except OSError as error:
-        raise IommufdError(error.errno or 0, f"descriptor {fd} is not open") from None
-
-
-def _views(origins: list[Mapping]) -> tuple[memoryview, ...]:
-    """Holds of the buffers behind mappings, for a copy of them."""
-    views: list[memoryview] = []
-    for origin in origins:
-        keep = origin._keep
-        for view in (keep,) if isinstance(keep, memoryview) else keep or ():
-            try:
-                views.append(memoryview(view))
-            except ValueError:  # unmapped by another thread at this moment: the copy will fail, too
-                continue
-    return tuple(views)

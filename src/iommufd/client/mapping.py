@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import errno
+import struct
 from typing import TYPE_CHECKING, Self
 
 from iommufd.client.errors import IommufdError
 from iommufd.client.numbers import number, size
+from iommufd.uapi import iommufd as u
 
 if TYPE_CHECKING:
     from types import TracebackType
 
     from iommufd.client.ioas import IOAS
+
+FIXED, WRITE, READ = u.IOMMU_IOAS_MAP_FIXED_IOVA, u.IOMMU_IOAS_MAP_WRITEABLE, u.IOMMU_IOAS_MAP_READABLE
+MAP, UNMAP = u.IOMMU_IOAS_MAP, u.IOMMU_IOAS_UNMAP
+
+# the two calls that are made a million times are packed by hand
+MAP_STRUCT = struct.Struct("<IIIIQQQ")  # struct iommu_ioas_map: size flags ioas_id __reserved user_va length iova
+UNMAP_STRUCT = struct.Struct("<IIQQ")  # struct iommu_ioas_unmap: size ioas_id iova length
 
 
 class Mapping:
@@ -99,3 +108,16 @@ def span(iova: int | Mapping, length: int | None) -> tuple[int, int]:
     if length is None:
         raise TypeError("an IOVA needs a length")
     return number(iova, "iova"), number(length, "length")
+
+
+def views_of(mappings: list[Mapping]) -> tuple[memoryview, ...]:
+    """Holds of the buffers behind mappings, for a copy of them."""
+    views: list[memoryview] = []
+    for mapping in mappings:
+        keep = mapping._keep
+        for view in (keep,) if isinstance(keep, memoryview) else keep or ():
+            try:
+                views.append(memoryview(view))
+            except ValueError:  # unmapped by another thread at this moment: the copy will fail, too
+                continue
+    return tuple(views)

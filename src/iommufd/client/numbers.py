@@ -43,3 +43,12 @@ def size(count: int) -> str:
 
 def plural(count: int, noun: str) -> str:
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
+def part(total: int, length: int | None, offset: int, what: str) -> tuple[int, int]:
+    """The part of ``total`` bytes that ``length`` and ``offset`` mean: (length, offset)."""
+    offset = number(offset, "offset")
+    length = max(total - offset, 0) if length is None else number(length, "length")
+    if not length or offset + length > total:
+        raise ValueError(f"{length} bytes from offset {offset}: this {what} has {total}")
+    return length, offset

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import errno
 import itertools
-from typing import TYPE_CHECKING, ClassVar, Self
+from typing import TYPE_CHECKING, ClassVar, Self, TypeVar
 
 from iommufd.client.errors import IommufdError
 from iommufd.uapi.iommufd import IOMMU_DESTROY, iommu_destroy
@@ -24,23 +24,26 @@ if TYPE_CHECKING:
 
     from iommufd.client.context import Context
     from iommufd.client.device import Device
+    from iommufd.uapi.declare import Struct
+
+S = TypeVar("S", bound="Struct")
 
 _serial = itertools.count()
 
 
 class Object:
-    """One object of a context: numbered ``id`` there."""
+    """One object of a context: numbered ``id`` there. ``parents`` are those it holds, None for one not known here."""
 
     kind: ClassVar[str] = "object"
 
-    def __init__(self, context: Context, number: int, *parents: Object) -> None:
+    def __init__(self, context: Context, number: int, *parents: Object | None) -> None:
         self.context = context
         self.number = number  # for people; stays when the object is gone
         self._id = number
         self._serial = next(_serial)
-        self._parents = parents
+        self._parents = tuple(parent for parent in parents if parent is not None)
         self._children: dict[Object, bool] = {}
-        for parent in parents:
+        for parent in self._parents:
             parent._children[self] = True
         context._objects[self] = True
 
@@ -102,6 +105,13 @@ class Object:
         if self._id == 0:
             raise IommufdError(errno.EBADF, f"{self!r} is gone")
 
+    def _do(self, query: S) -> S:
+        """One call on this object, as :meth:`Context.do` makes it."""
+        try:
+            return self.context.do(query)
+        except OSError as error:
+            raise self._gone(error) from None
+
     def _gone(self, error: Exception) -> Exception:
         """What a user sees for ``error`` of a call on this object."""
         if self._id == 0 and not self.context.closed and isinstance(error, OSError):
@@ -134,7 +144,7 @@ def _age(obj: Object) -> int:
 class PageTable(Object):
     """What a device can be attached to: an IOAS, a HWPT. Remembers the attachments, to undo them before it goes."""
 
-    def __init__(self, context: Context, number: int, *parents: Object) -> None:
+    def __init__(self, context: Context, number: int, *parents: Object | None) -> None:
         super().__init__(context, number, *parents)
         self._attached: dict[tuple[Device, int], bool] = {}
 

@@ -30,7 +30,7 @@ MOST = 1 << 20
 class Queue(Object, Generic[R]):
     """A kernel object with a descriptor that records are read from."""
 
-    def __init__(self, context: Context, number: int, fd: int, *parents: Object) -> None:
+    def __init__(self, context: Context, number: int, fd: int, *parents: Object | None) -> None:
         super().__init__(context, number, *parents)
         self._handle = Handle(context.backend, fd, f"{type(self).__name__} {number}")
         self._ready: deque[R] = deque()

@@ -114,7 +114,7 @@ class VEventQueue(Queue["VEvent | LostEvents"]):
         type: int = 0,
         event_size: int = 0,
     ) -> None:
-        super().__init__(context, number, fd, *(holder for holder in (viommu,) if holder is not None))
+        super().__init__(context, number, fd, viommu)
         self.type = type
         self.event_size = event_size
         self._expected = 0

@@ -34,7 +34,7 @@ class VIOMMU(Object):
     def __init__(
         self, context: Context, number: int, parent: HWPT | None = None, type: int = 0, data: Struct | None = None
     ) -> None:
-        super().__init__(context, number, *(holder for holder in (parent,) if holder is not None))
+        super().__init__(context, number, parent)
         self.parent = parent
         self.type = type
         self.data = data
@@ -108,12 +108,6 @@ class VIOMMU(Object):
             raise ValueError(f"{self!r} tells of no region: give offset and length")
         return self.context.mmap(number(length, "length"), number(offset, "offset"), writeable=writeable)
 
-    def _do(self, query: Any) -> Any:
-        try:
-            return self.context.do(query)
-        except OSError as error:
-            raise self._gone(error) from None
-
     def _describe(self) -> str:
         return f"type {self.type:#x}" + (f" over HWPT {self.parent.number}" if self.parent is not None else "")
 
@@ -131,7 +125,7 @@ class VDevice(Object):
         device: Device | None = None,
         virt_id: int = 0,
     ) -> None:
-        super().__init__(context, number, *(holder for holder in (viommu, device) if holder is not None))
+        super().__init__(context, number, viommu, device)
         self.viommu = viommu
         self.device = device
         self.virt_id = virt_id
@@ -154,7 +148,7 @@ class HWQueue(Object):
         iova: int = 0,
         length: int = 0,
     ) -> None:
-        super().__init__(context, number, *(holder for holder in (viommu,) if holder is not None))
+        super().__init__(context, number, viommu)
         self.viommu = viommu
         self.index = index
         self.iova = iova

@@ -66,12 +66,12 @@ class MockDevice(Device):
     # PASID 0 of the test command is the device itself
 
     def _attach_pt(self, pt_id: int, pasid: int) -> int:
-        return self._do(t.test_pasid_attach(id=self.stdev, pasid=pasid, pt_id=pt_id)).pt_id  # type: ignore[no-any-return]
+        return self._do(t.test_pasid_attach(id=self.stdev, pasid=pasid, pt_id=pt_id)).pt_id
 
     def _replace_pt(self, pt_id: int, pasid: int) -> int:
         if pasid:
-            return self._do(t.test_pasid_replace(id=self.stdev, pasid=pasid, pt_id=pt_id)).pt_id  # type: ignore[no-any-return]
-        return self._do(t.test_mock_domain_replace(id=self.stdev, pt_id=pt_id)).pt_id  # type: ignore[no-any-return]
+            return self._do(t.test_pasid_replace(id=self.stdev, pasid=pasid, pt_id=pt_id)).pt_id
+        return self._do(t.test_mock_domain_replace(id=self.stdev, pt_id=pt_id)).pt_id
 
     def _detach_pt(self, pasid: int) -> None:
         self._do(t.test_pasid_detach(id=self.stdev, pasid=pasid))
