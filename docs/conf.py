@@ -97,6 +97,8 @@ API: dict[str, tuple[str, str, list[str]]] = {
             "iommufd.client.vfio.device",
             "iommufd.client.vfio.regions",
             "iommufd.client.vfio.irqs",
+            "iommufd.client.vfio.migration",
+            "iommufd.client.vfio.dma_log",
             "iommufd.client.vfio.discovery",
         ],
     ),

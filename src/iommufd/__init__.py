@@ -29,7 +29,18 @@ if TYPE_CHECKING:
     from iommufd.client.mapping import Mapping
     from iommufd.client.nesting import AMDGuest, RawData, SMMUv3Stage, VTDStage1
     from iommufd.client.veventq import LostEvents, SMMUv3Event, VEvent, VEventQueue
-    from iommufd.client.vfio import EventFd, Irq, Region, VFIODevice
+    from iommufd.client.vfio import (
+        DeviceInfo,
+        DmaLog,
+        EventFd,
+        HotResetDevice,
+        Irq,
+        Migration,
+        MigrationStream,
+        PrecopyInfo,
+        Region,
+        VFIODevice,
+    )
     from iommufd.client.vfio import open as vfio_open
     from iommufd.client.viommu import VIOMMU, HWQueue, VDevice
     from iommufd.machine.machine import Machine
@@ -40,11 +51,14 @@ _HOME = {
     "Backend": "client.backend",
     "Context": "client.context",
     "Device": "client.device",
+    "DeviceInfo": "client.vfio",
+    "DmaLog": "client.vfio",
     "EventFd": "client.vfio",
     "FaultGroup": "client.fault_queue",
     "FaultQueue": "client.fault_queue",
     "HWPT": "client.hwpt",
     "HWQueue": "client.viommu",
+    "HotResetDevice": "client.vfio",
     "HwInfo": "client.hw_info",
     "IOAS": "client.ioas",
     "InvalidationError": "client.errors",
@@ -54,8 +68,11 @@ _HOME = {
     "LostEvents": "client.veventq",
     "Machine": "machine.machine",
     "Mapping": "client.mapping",
+    "Migration": "client.vfio",
+    "MigrationStream": "client.vfio",
     "NestedHWPT": "client.hwpt",
     "PageRequest": "client.fault_queue",
+    "PrecopyInfo": "client.vfio",
     "RawData": "client.nesting",
     "RawEntry": "client.invalidation",
     "Region": "client.vfio",
@@ -86,10 +103,13 @@ __all__ = [
     "Backend",
     "Context",
     "Device",
+    "DeviceInfo",
+    "DmaLog",
     "EventFd",
     "FaultGroup",
     "FaultQueue",
     "HWQueue",
+    "HotResetDevice",
     "HwInfo",
     "InvalidationError",
     "IommufdError",
@@ -98,8 +118,11 @@ __all__ = [
     "LostEvents",
     "Machine",
     "Mapping",
+    "Migration",
+    "MigrationStream",
     "NestedHWPT",
     "PageRequest",
+    "PrecopyInfo",
     "RawData",
     "RawEntry",
     "Region",

@@ -11,8 +11,9 @@ import pytest
 import iommufd
 
 PUBLIC = """
-    AMDGuest AMDInfo Backend Context Device EventFd FaultGroup FaultQueue HWPT HWQueue HwInfo IOAS InvalidationError
-    IommufdError IovaRange Irq LostEvents Machine Mapping NestedHWPT PageRequest RawData RawEntry Region SMMUv3Event
+    AMDGuest AMDInfo Backend Context Device DeviceInfo DmaLog EventFd FaultGroup FaultQueue HWPT HWQueue HotResetDevice
+    HwInfo IOAS InvalidationError IommufdError IovaRange Irq LostEvents Machine Mapping Migration MigrationStream
+    NestedHWPT PageRequest PrecopyInfo RawData RawEntry Region SMMUv3Event
     SMMUv3Info SMMUv3Invalidation SMMUv3Stage Tegra241Info VDevice VEvent VEventQueue VFIODevice VIOMMU VTDInfo
     VTDInvalidation VTDStage1 adopt open vfio_open
 """

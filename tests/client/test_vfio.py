@@ -220,7 +220,10 @@ def test_interrupts(device: iommufd.VFIODevice) -> None:
         irq.enable(-1)
     with events[0] as event:
         assert event.fileno() >= 0
-    assert event.fileno() == -1
+    for call in (event.fileno, event.take, event.signal, event.wait):
+        with pytest.raises(iommufd.IommufdError, match="the eventfd is closed") as at:
+            call()
+        assert at.value.errno == errno.EBADF
 
 
 def test_reset(device: iommufd.VFIODevice, context: iommufd.Context) -> None:
@@ -228,6 +231,7 @@ def test_reset(device: iommufd.VFIODevice, context: iommufd.Context) -> None:
     device.reset()
     first = context.open_device(FIRST)
     assert {d.address: d.device_id for d in first.hot_reset_devices()} == {FIRST: first.id, SECOND: 0}
+    assert all(d.owned for d in first.hot_reset_devices())
     second = context.open_device(SECOND)
     assert {d.device_id for d in first.hot_reset_devices()} == {first.id, second.id}
     first.hot_reset()
@@ -238,7 +242,7 @@ def test_features(device: iommufd.VFIODevice) -> None:
     with pytest.raises(iommufd.IommufdError) as at:
         device.get_feature(v.VFIO_DEVICE_FEATURE_MIGRATION, v.vfio_device_feature_migration())
     assert at.value.errno == errno.ENOTTY
-    assert at.value.request.startswith("VFIO_DEVICE_FEATURE(flags=0x1")
+    assert at.value.request == "VFIO_DEVICE_FEATURE(GET MIGRATION, flags=0)"
     with pytest.raises(ValueError, match="flags -1"):
         device.feature(-1)
 

@@ -23,6 +23,7 @@ from iommufd.uapi import iommufd as u
 
 if TYPE_CHECKING:
     from types import TracebackType
+    from uuid import UUID
 
     from iommufd.client.backend import Backend
     from iommufd.client.device import Device
@@ -184,7 +185,7 @@ class Context(Handle):
         made = self.do(u.iommu_fault_alloc())
         return FaultQueue(self, made.out_fault_id, made.out_fault_fd)
 
-    def open_device(self, where: str | os.PathLike[str], *, token: bytes | None = None) -> VFIODevice:
+    def open_device(self, where: str | os.PathLike[str], *, token: bytes | UUID | None = None) -> VFIODevice:
         """Opens a VFIO device and binds it to this context: its address (``"0000:01:00.0"``) or its device file.
 
         See :func:`iommufd.client.vfio.open`."""

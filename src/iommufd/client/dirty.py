@@ -59,28 +59,42 @@ def _runs_of_mappings(hwpt: HWPT, iova: int, last: int) -> list[tuple[int, int]]
 
 def _query(hwpt: HWPT, iova: int, length: int, page_size: int, clear: bool) -> NDArray[np.intp]:
     """The numbers of the dirty pages, counted from ``iova``."""
-    import numpy as np
-
-    bits = -(-length // page_size)
-    room = (-(-bits // 8) + 2 * mmap.PAGESIZE - 1) // mmap.PAGESIZE * mmap.PAGESIZE
-    try:
-        memory = mmap.mmap(-1, room)
-    except (OSError, OverflowError, ValueError):
-        raise too_much(room) from None
+    bitmap = Bitmap(-(-length // page_size))
     query = u.iommu_hwpt_get_dirty_bitmap(
         hwpt_id=hwpt._id,
         flags=0 if clear else u.IOMMU_HWPT_GET_DIRTY_BITMAP_NO_CLEAR,
         iova=iova,
         length=length,
         page_size=page_size,
-        data=ctypes.addressof(ctypes.c_char.from_buffer(memory)),
+        data=bitmap.address,
     )
     hwpt._do(query)
-    packed = np.frombuffer(memory, np.uint8, -(-bits // 8))
-    marked = np.flatnonzero(packed)  # few of many bytes: only they are taken apart
-    rows, columns = np.nonzero(np.unpackbits(packed[marked], bitorder="little").reshape(-1, 8))
-    pages = marked[rows] * 8 + columns
-    return pages[pages < bits]
+    return bitmap.ones()
+
+
+class Bitmap:
+    """Room for ``bits`` bits that a kernel sets, and a page behind them; at :attr:`address` while it lives."""
+
+    __slots__ = ("_memory", "address", "bits")
+
+    def __init__(self, bits: int) -> None:
+        room = (-(-bits // 8) + 2 * mmap.PAGESIZE - 1) // mmap.PAGESIZE * mmap.PAGESIZE
+        try:
+            self._memory = mmap.mmap(-1, room)
+        except (OSError, OverflowError, ValueError):
+            raise too_much(room) from None
+        self.bits = bits
+        self.address = ctypes.addressof(ctypes.c_char.from_buffer(self._memory))
+
+    def ones(self) -> NDArray[np.intp]:
+        """The numbers of the bits that are set, ascending."""
+        import numpy as np
+
+        packed = np.frombuffer(self._memory, np.uint8, -(-self.bits // 8))
+        marked = np.flatnonzero(packed)  # few of many bytes: only they are taken apart
+        rows, columns = np.nonzero(np.unpackbits(packed[marked], bitorder="little").reshape(-1, 8))
+        found = marked[rows] * 8 + columns
+        return found[found < self.bits]
 
 
 def runs(dirty: NDArray[np.bool_], iova: int, page_size: int) -> list[tuple[int, int]]:

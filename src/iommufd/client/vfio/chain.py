@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from iommufd.client.calls import fields
 from iommufd.client.handle import Handle
+from iommufd.client.vfio import feature
+from iommufd.uapi.vfio import VFIO_DEVICE_FEATURE
 from iommufd.uapi.vfio.commands import DEVICE
 
 if TYPE_CHECKING:
@@ -27,6 +29,8 @@ class DeviceHandle(Handle):
         command = COMMANDS.get(cmd)
         if command is None or command.struct is None or not isinstance(arg, bytearray):
             return command.name if command is not None else super()._show(cmd, arg)
+        if cmd == VFIO_DEVICE_FEATURE:
+            return feature.show(arg)
         return f"{command.name}({fields(command.struct.unpack(arg))})"
 
 

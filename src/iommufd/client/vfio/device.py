@@ -11,27 +11,30 @@ import os
 import struct
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
+from uuid import UUID
 
 from iommufd.client.buffers import Scratch
-from iommufd.client.calls import pack
 from iommufd.client.device import Device
 from iommufd.client.errors import IommufdError
 from iommufd.client.handle import Handle
 from iommufd.client.numbers import instance, number
+from iommufd.client.vfio import feature
 from iommufd.client.vfio.chain import DeviceHandle, ask, chain, query
 from iommufd.client.vfio.discovery import device_file
-from iommufd.client.vfio.irqs import Irq
+from iommufd.client.vfio.dma_log import DmaLog
+from iommufd.client.vfio.irqs import Irq, descriptor
+from iommufd.client.vfio.migration import Migration
 from iommufd.client.vfio.regions import Region
 from iommufd.uapi import vfio as v
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from iommufd.client.buffers import HasFileno
     from iommufd.client.context import Context
     from iommufd.uapi.declare import Struct
 
 S = TypeVar("S", bound="Struct")
-FEATURE_HEAD = 8  # struct vfio_device_feature without its data
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,18 +49,25 @@ class DeviceInfo:
 
 @dataclass(frozen=True, slots=True)
 class HotResetDevice:
-    """A device that a hot reset of another resets too. ``device_id``: 0 when it is in the way of one without belonging
-    to this context, -1 when it belongs to nobody."""
+    """A device that a hot reset of another resets too; ``address`` is its PCI address.
+
+    ``device_id``: its number in this context; 0 when it has none but shares the IOMMU group of a device that has, and
+    so belongs to this context as well; -1 when it does not, which prevents the reset."""
 
     device_id: int
     address: str
 
+    @property
+    def owned(self) -> bool:
+        """Whether it may be reset with the others."""
+        return self.device_id != v.VFIO_PCI_DEVID_NOT_OWNED
 
-def open(where: str | os.PathLike[str], context: Context, *, token: bytes | None = None) -> VFIODevice:
+
+def open(where: str | os.PathLike[str], context: Context, *, token: bytes | UUID | None = None) -> VFIODevice:
     """Opens a VFIO device and binds it to ``context``: DMA is blocked from now on, until it is attached.
 
     ``where``: a PCI address (``"0000:01:00.0"``, found through /sys) or a device file (``/dev/vfio/devices/vfio0``).
-    ``token``: the 16 bytes that a VF of a user-space driver's PF asks for.
+    ``token``: the secret that a VF asks for whose PF is a user-space driver's (:meth:`VFIODevice.set_vf_token`).
 
     IommufdError ENODEV when no VFIO driver has the device, EACCES when the file may not be opened, EPERM when its group
     is in other use or its interrupts are not isolated, EBUSY when it is open through its group (devices 11.2)."""
@@ -80,12 +90,21 @@ def open(where: str | os.PathLike[str], context: Context, *, token: bytes | None
         raise
 
 
-def _bind(handle: Handle, context: Context, token: bytes | None) -> int:
+def token_bytes(token: bytes | UUID) -> bytes:
+    """The 16 bytes of a VF token. TypeError for what is none, ValueError for another length."""
+    if isinstance(token, UUID):
+        return token.bytes
+    if not isinstance(token, bytes | bytearray):
+        raise TypeError(f"a token is 16 bytes or a UUID, not {type(token).__name__}")
+    if len(token) != 16:
+        raise ValueError(f"a token has 16 bytes, not {len(token)}")
+    return bytes(token)
+
+
+def _bind(handle: Handle, context: Context, token: bytes | UUID | None) -> int:
     flags, uuid = 0, Scratch()
     if token is not None:
-        if len(token) != 16:
-            raise ValueError(f"a token has 16 bytes, not {len(token)}")
-        flags, uuid = v.VFIO_DEVICE_BIND_FLAG_TOKEN, Scratch(bytes(token))
+        flags, uuid = v.VFIO_DEVICE_BIND_FLAG_TOKEN, Scratch(token_bytes(token))
     return ask(
         handle,
         v.VFIO_DEVICE_BIND_IOMMUFD,
@@ -143,7 +162,7 @@ class VFIODevice(Device):
 
     def region(self, index: int) -> Region:
         """Region ``index``; of a PCI device a ``vfio_pci_region_index``. EINVAL when it has none of that number."""
-        found = self._regions.get(index)
+        found = self._regions.get(number(index, "index", 2**32 - 1))
         if found is None:
             found = self._regions[index] = Region(self._handle, index)
         return found
@@ -209,36 +228,60 @@ class VFIODevice(Device):
 
     # ------------------------------------------------------------------------------------------------------- features
 
+    @property
+    def migration(self) -> Migration:
+        """Saving and resuming the device's state."""
+        return Migration(self._handle)
+
+    @property
+    def dma_log(self) -> DmaLog:
+        """The device's own record of where it writes."""
+        return DmaLog(self._handle)
+
+    def low_power_entry(self, wakeup: HasFileno | int | None = None) -> None:
+        """Lets the device go to a low power state, from which any access through this API wakes it for a moment.
+
+        ``wakeup``: an :class:`EventFd` (or what has a descriptor of one) that is told when the device woke, after which
+        it stays awake (features LOW_POWER_ENTRY, LOW_POWER_ENTRY_WITH_WAKEUP). Mapped regions cannot be accessed until
+        :meth:`low_power_exit`. EINVAL when it may already."""
+        if wakeup is None:
+            feature.put(self._handle, v.VFIO_DEVICE_FEATURE_LOW_POWER_ENTRY)
+            return
+        feature.put(
+            self._handle,
+            v.VFIO_DEVICE_FEATURE_LOW_POWER_ENTRY_WITH_WAKEUP,
+            v.vfio_device_low_power_entry_with_wakeup(wakeup_eventfd=descriptor(wakeup, "wakeup")),
+        )
+
+    def low_power_exit(self) -> None:
+        """The device stays awake from now on (feature LOW_POWER_EXIT)."""
+        feature.put(self._handle, v.VFIO_DEVICE_FEATURE_LOW_POWER_EXIT)
+
+    def set_vf_token(self, token: bytes | UUID) -> None:
+        """The secret (16 bytes, or a UUID) that who opens a VF of this PF must give as ``token`` (feature
+        PCI_VF_TOKEN).
+
+        ENOTTY for a device without SR-IOV enabled, EBUSY while a VF is open."""
+        self.feature(v.VFIO_DEVICE_FEATURE_PCI_VF_TOKEN | v.VFIO_DEVICE_FEATURE_SET, token_bytes(token))
+
     def feature(self, flags: int, payload: bytes = b"") -> bytes:
         """VFIO_DEVICE_FEATURE as it is: ``flags`` is the feature with GET, SET and PROBE; the payload afterwards.
 
         ENOTTY when the device has no such feature."""
-        data, _ = self._feature(flags, payload)
-        return data
+        return feature.call(self._handle, flags, instance(payload, bytes, "payload"))[0]
 
-    def _feature(self, flags: int, payload: bytes) -> tuple[bytes, int]:
-        data = bytearray(struct.pack("<II", FEATURE_HEAD + len(payload), number(flags, "flags", 2**32 - 1)) + payload)
-        result = self._handle.ioctl(v.VFIO_DEVICE_FEATURE, data)
-        return bytes(data[FEATURE_HEAD:]), result
+    def has_feature(self, feature_id: int, ways: int = 0) -> bool:
+        """Whether the device has a feature (a ``vfio_device_feature_id``) for all of ``ways``
+        (``vfio_device_feature_flags`` GET, SET)."""
+        return feature.probe(self._handle, feature_id, ways)
 
-    def has_feature(self, feature: int, ways: int = 0) -> bool:
-        """Whether the device has ``feature`` (a ``vfio_device_feature_id``) for all of ``ways`` (GET, SET)."""
-        try:
-            self.feature(feature | ways | v.VFIO_DEVICE_FEATURE_PROBE)
-        except IommufdError as error:
-            if error.errno in (errno.ENOTTY, errno.EINVAL):
-                return False
-            raise
-        return True
+    def get_feature(self, feature_id: int, payload: S) -> S:
+        """Reads a feature: ``payload``, a struct of :mod:`iommufd.uapi.vfio`, as it came back."""
+        return feature.get(self._handle, feature_id, payload)
 
-    def get_feature(self, feature: int, payload: S) -> S:
-        """Reads a feature: ``payload`` as it came back."""
-        return type(payload).unpack(self.feature(feature | v.VFIO_DEVICE_FEATURE_GET, pack(payload)))
-
-    def set_feature(self, feature: int, payload: S | None = None) -> S | None:
+    def set_feature(self, feature_id: int, payload: S | None = None) -> S | None:
         """Sets a feature: ``payload`` as it came back."""
-        data = self.feature(feature | v.VFIO_DEVICE_FEATURE_SET, pack(payload) if payload is not None else b"")
-        return type(payload).unpack(data) if payload is not None else None
+        return feature.put(self._handle, feature_id, payload)
 
     def set_bus_master(self, enabled: bool) -> None:
         """Lets the device do DMA, or not (feature BUS_MASTER, Linux 6.7; PCI devices without it: the command
@@ -262,7 +305,7 @@ class VFIODevice(Device):
         ).pack()
         for offset, length in parts:
             payload += v.vfio_region_dma_range(offset=number(offset, "offset"), length=number(length, "length")).pack()
-        return self._feature(v.VFIO_DEVICE_FEATURE_DMA_BUF | v.VFIO_DEVICE_FEATURE_GET, payload)[1]
+        return feature.call(self._handle, v.VFIO_DEVICE_FEATURE_DMA_BUF | v.VFIO_DEVICE_FEATURE_GET, payload)[1]
 
     def _describe(self) -> str:
         return f"{self.path}, {super()._describe()}"

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import select
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Self
 
+from iommufd.client.errors import IommufdError
 from iommufd.client.numbers import number, plural
 from iommufd.client.vfio.chain import ask
 from iommufd.uapi import vfio as v
@@ -16,6 +18,7 @@ from iommufd.uapi import vfio as v
 if TYPE_CHECKING:
     from types import TracebackType
 
+    from iommufd.client.buffers import HasFileno
     from iommufd.client.handle import Handle
 
 HEAD = struct.Struct("<IIIII")  # struct vfio_irq_set without its data
@@ -28,19 +31,26 @@ class EventFd:
         self._fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
 
     def fileno(self) -> int:
+        """The descriptor, for select and friends. IommufdError EBADF when closed."""
+        if self._fd < 0:
+            raise IommufdError(errno.EBADF, "the eventfd is closed")
         return self._fd
 
     def take(self) -> int:
         """How many interrupts came since the last time; 0 when none. Never blocks."""
         try:
-            return os.eventfd_read(self._fd)
+            return os.eventfd_read(self.fileno())
         except BlockingIOError:
             return 0
+
+    def signal(self) -> None:
+        """Adds 1, as an interrupt does: for eventfds that the kernel listens to."""
+        os.eventfd_write(self.fileno(), 1)
 
     def wait(self, timeout: float | None = None) -> int:
         """Waits up to ``timeout`` seconds (None: forever) for an interrupt; how many have come, 0 on timeout."""
         poller = select.poll()
-        poller.register(self._fd, select.POLLIN)
+        poller.register(self.fileno(), select.POLLIN)
         poller.poll(None if timeout is None else timeout * 1000)
         return self.take()
 
@@ -49,11 +59,12 @@ class EventFd:
         loop = asyncio.get_running_loop()
         while not (count := self.take()):
             ready: asyncio.Future[None] = loop.create_future()
-            loop.add_reader(self._fd, _settle, ready)
+            fd = self.fileno()
+            loop.add_reader(fd, _settle, ready)
             try:
                 await ready
             finally:
-                loop.remove_reader(self._fd)
+                loop.remove_reader(fd)
         return count
 
     def close(self) -> None:
@@ -71,10 +82,22 @@ class EventFd:
         self.close()
 
     def __del__(self) -> None:
-        self.close()
+        if hasattr(self, "_fd"):
+            self.close()
 
     def __repr__(self) -> str:
-        return f"<EventFd {self._fd}>"
+        return f"<EventFd {self._fd}>" if self._fd >= 0 else "<EventFd, closed>"
+
+
+def descriptor(event: HasFileno | int | None, what: str = "an eventfd") -> int:
+    """The descriptor of an eventfd, -1 for None. TypeError for what has none, ValueError for no possible number."""
+    if event is None:
+        return -1
+    if isinstance(event, int):
+        return event if event == -1 else number(event, what, 2**31 - 1)
+    if not hasattr(event, "fileno"):
+        raise TypeError(f"{what} is an EventFd or a descriptor, not {type(event).__name__}")
+    return event.fileno()
 
 
 def _settle(ready: asyncio.Future[None]) -> None:
@@ -95,30 +118,59 @@ class Irq:
 
     def enable(self, count: int | None = None) -> list[EventFd]:
         """Lets the first ``count`` vectors (None: all) signal an eventfd each; the eventfds, in order."""
-        events = [EventFd() for _ in range(self.count if count is None else number(count, "count", 1 << 16))]
-        self.set_eventfds([event.fileno() for event in events])
+        events: list[EventFd] = []
+        try:
+            events.extend(EventFd() for _ in range(self.count if count is None else number(count, "count", 1 << 16)))
+            self.set_eventfds(events)
+        except BaseException:
+            for event in events:
+                event.close()
+            raise
         return events
 
-    def set_eventfds(self, fds: Sequence[int], start: int = 0) -> None:
-        """Vectors from ``start`` on signal these descriptors; -1 stops one."""
-        data = struct.pack(f"<{len(fds)}i", *fds)
-        self._set(v.VFIO_IRQ_SET_DATA_EVENTFD | v.VFIO_IRQ_SET_ACTION_TRIGGER, start, len(fds), data)
+    def set_eventfds(self, events: Iterable[HasFileno | int | None], start: int = 0) -> None:
+        """Vectors from ``start`` on signal these: :class:`EventFd` s or descriptors; None (or -1) stops one.
+
+        The first of them enables the interrupt. EINVAL for more vectors than there are, and while another kind of
+        interrupt of the device is enabled."""
+        self._set_events(v.VFIO_IRQ_SET_ACTION_TRIGGER, events, start)
 
     def disable(self) -> None:
         """No vector signals anything any more."""
         self._set(v.VFIO_IRQ_SET_DATA_NONE | v.VFIO_IRQ_SET_ACTION_TRIGGER, 0, 0)
 
-    def trigger(self, start: int = 0, count: int = 1) -> None:
-        """Acts as if the device had raised these vectors."""
-        self._set(v.VFIO_IRQ_SET_DATA_NONE | v.VFIO_IRQ_SET_ACTION_TRIGGER, start, count)
+    def trigger(self, start: int = 0, count: int = 1, *, only: Iterable[object] | None = None) -> None:
+        """Acts as if the device had raised ``count`` vectors from ``start`` on.
 
-    def mask(self, start: int = 0, count: int = 1) -> None:
-        """Holds these vectors back."""
-        self._set(v.VFIO_IRQ_SET_DATA_NONE | v.VFIO_IRQ_SET_ACTION_MASK, start, count)
+        ``only``: true for those that are meant, one for each vector from ``start`` on (``count`` is not looked at)."""
+        self._act(v.VFIO_IRQ_SET_ACTION_TRIGGER, start, count, only)
 
-    def unmask(self, start: int = 0, count: int = 1) -> None:
-        """Lets them through again; an automasked one needs this after each interrupt."""
-        self._set(v.VFIO_IRQ_SET_DATA_NONE | v.VFIO_IRQ_SET_ACTION_UNMASK, start, count)
+    def mask(self, start: int = 0, count: int = 1, *, only: Iterable[object] | None = None) -> None:
+        """Holds vectors back, chosen as in :meth:`trigger`. ENOTTY for an interrupt that is not MASKABLE."""
+        self._act(v.VFIO_IRQ_SET_ACTION_MASK, start, count, only)
+
+    def unmask(self, start: int = 0, count: int = 1, *, only: Iterable[object] | None = None) -> None:
+        """Lets them through again; an AUTOMASKED one needs this after each interrupt."""
+        self._act(v.VFIO_IRQ_SET_ACTION_UNMASK, start, count, only)
+
+    def mask_on(self, events: Iterable[HasFileno | int | None], start: int = 0) -> None:
+        """The kernel masks vectors from ``start`` on whenever these eventfds are signalled; None stops that."""
+        self._set_events(v.VFIO_IRQ_SET_ACTION_MASK, events, start)
+
+    def unmask_on(self, events: Iterable[HasFileno | int | None], start: int = 0) -> None:
+        """The same for unmasking: a VMM's end of interrupt reaches the device without this process."""
+        self._set_events(v.VFIO_IRQ_SET_ACTION_UNMASK, events, start)
+
+    def _set_events(self, action: int, events: Iterable[HasFileno | int | None], start: int) -> None:
+        fds = [descriptor(event) for event in events]
+        self._set(v.VFIO_IRQ_SET_DATA_EVENTFD | action, start, len(fds), struct.pack(f"<{len(fds)}i", *fds))
+
+    def _act(self, action: int, start: int, count: int, only: Iterable[object] | None) -> None:
+        if only is None:
+            self._set(v.VFIO_IRQ_SET_DATA_NONE | action, start, count)
+        else:
+            chosen = bytes(bool(each) for each in only)
+            self._set(v.VFIO_IRQ_SET_DATA_BOOL | action, start, len(chosen), chosen)
 
     def _set(self, flags: int, start: int, count: int, data: bytes = b"") -> None:
         start, count = number(start, "start", 2**32 - 1), number(count, "count", 2**32 - 1)

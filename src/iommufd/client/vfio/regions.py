@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING
 
 from iommufd.client.errors import IommufdError
 from iommufd.client.numbers import number, size
-from iommufd.client.vfio.chain import chain, query
+from iommufd.client.vfio.chain import ask, chain, query
+from iommufd.client.vfio.irqs import descriptor
 from iommufd.uapi import vfio as v
 
 if TYPE_CHECKING:
+    from iommufd.client.buffers import HasFileno
     from iommufd.client.handle import Handle
 
 PAGE_SIZE = 4096
@@ -110,6 +112,31 @@ class Region:
             length, self.offset + offset, writeable=self.writeable if writeable is None else writeable
         )
 
+    def write_on(self, event: HasFileno | int, offset: int, value: int, width: int = 4) -> None:
+        """The kernel writes ``value`` to the register at ``offset`` (as :meth:`write_int`) whenever ``event``, an
+        :class:`EventFd`, is signalled: a guest's doorbell without a detour (VFIO_DEVICE_IOEVENTFD).
+
+        ENOTTY when the device has no such thing, EINVAL outside of BARs and on the MSI-X table, EEXIST when there is
+        one for this offset, value and width already."""
+        fd = descriptor(event, "event")
+        if fd < 0:
+            raise ValueError("event is a descriptor, not -1: stop_write_on() ends it")
+        self._ioeventfd(fd, offset, value, width)
+
+    def stop_write_on(self, offset: int, value: int, width: int = 4) -> None:
+        """Ends the :meth:`write_on` of the same offset, value and width. ENODEV when there is none."""
+        self._ioeventfd(-1, offset, value, width)
+
+    def _ioeventfd(self, fd: int, offset: int, value: int, width: int) -> None:
+        self._inside(offset, _width(width))
+        question = v.vfio_device_ioeventfd(
+            flags=width,  # VFIO_DEVICE_IOEVENTFD_8 and so on are the widths in bytes
+            offset=self.offset + offset,
+            data=number(value, "value", (1 << 8 * width) - 1),
+            fd=fd,
+        )
+        ask(self._handle, v.VFIO_DEVICE_IOEVENTFD, question)
+
     def _inside(self, offset: int, count: int) -> None:
         if number(offset, "offset") + number(count, "count") > self.size or not count:
             raise ValueError(f"{count} bytes at {offset:#x}: {self!r} has {self.size:#x}")
@@ -122,6 +149,6 @@ class Region:
 
 
 def _width(width: int) -> int:
-    if width not in (1, 2, 4, 8):
+    if number(width, "width") not in (1, 2, 4, 8):
         raise ValueError(f"a register has 1, 2, 4 or 8 bytes, not {width}")
     return width
