@@ -7,6 +7,7 @@ from typing import cast
 
 import pytest
 
+from iommufd.engine.fail import fail_rule
 from iommufd.errors import KernelError
 from iommufd.iommu.bits import each_set
 from iommufd.iommu.extent_domain import ExtentDomain
@@ -106,6 +107,13 @@ def test_range_errors_beat_a_hwpt_without_tracking(rig: Rig) -> None:  # core 8.
     plain = rig.hwpt(rig.idev, rig.io)
     rig.refuses(errno.EINVAL, rig.get(hwpt_id=plain, page_size=0))
     rig.refuses(errno.EOPNOTSUPP, rig.get(hwpt_id=plain))
+
+
+def test_no_memory_leaves_dirty_what_was(rig: Rig) -> None:
+    rig.domain.mark_dirty(IOVA)
+    with fail_rule(rig.world, "HWPT_GET_DIRTY_BITMAP:nth=1:ENOMEM"):
+        rig.refuses(errno.ENOMEM, rig.get())
+    assert rig.bits() == [0]
 
 
 def test_bits_are_reported_and_cleaned(rig: Rig) -> None:  # core 8.2

@@ -6,6 +6,7 @@ import errno
 
 import pytest
 
+from iommufd.engine.fail import fail_rule
 from iommufd.engine.ioas import IOAS
 from iommufd.iommu.extent_domain import ExtentDomain
 from iommufd.uapi import iommufd as u
@@ -45,6 +46,12 @@ class TestAlloc:
     def test_core_4_4_2(self, c: Caller) -> None:  # core-4.4-2
         c.context.objects._next = 2**31
         c.refuses(errno.EBUSY, u.iommu_ioas_alloc())
+
+    def test_core_4_4_2_no_memory(self, c: Caller) -> None:  # core-4.4-2
+        with fail_rule(c.world, "IOAS_ALLOC:nth=1:ENOMEM"):
+            c.refuses(errno.ENOMEM, u.iommu_ioas_alloc())
+            assert not len(c.context.objects)
+            assert c.ioas() == 1
 
     def test_core_4_4_4_a_new_one(self, c: Caller) -> None:  # core-4.4-4
         ioas = c.ioas()

@@ -1,16 +1,19 @@
-/* Plays sequences of calls on /dev/iommu and prints every answer; see format.py for the file it reads.
+/* Plays sequences of calls on /dev/iommu and prints every answer; see program.py for the file it reads.
  *
  * The same static binary runs on a real kernel and under `iommufd run`, so what it prints can be compared byte for byte:
  * memory lies at fixed addresses, descriptors are named by slot and blanked in the structs, and pages that follow each
  * other in the arena never do so physically (checked through /proc/self/pagemap where that can be read), because physical
- * contiguity is nothing two systems agree on.
+ * contiguity is nothing two systems agree on. A second process takes one step at a time, while the first waits for it;
+ * it has the descriptors of the moment it was forked, and memory of its own at the same addresses.
  *
  * usage: player FILE [FIRST [COUNT]]
  */
 #define _GNU_SOURCE
+#include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <poll.h>
+#include <stdbool.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -27,13 +30,20 @@
 #define ARENA 0x100000000000ULL
 #define PAGES 256
 #define SCRATCH (ARENA + PAGES * 4096ULL) /* structs are put here, behind the pages a program may map */
+#define READ_ONLY (SCRATCH + 32768) /* or here, when the kernel must not be able to answer */
 #define SLOTS 64
+#define NONE 255
 
-enum { IOCTL, OPEN, CLOSE, READ, WRITE, POLL, POKE, PEEK, MMAP, MUNMAP, MPROTECT, MEMFD, LIMIT };
+enum {
+	IOCTL, OPEN, CLOSE, READ, WRITE, POLL, POKE, PEEK, MMAP, MUNMAP, MPROTECT, MEMFD, LIMIT, FORK, EXIT, SECOND
+};
 
 static const unsigned char *at;
 static int slots[SLOTS];
 static int pagemap = -1;
+static bool limited;
+static pid_t second;     /* the second process, 0 when there is none */
+static int to_second = -1, from_second = -1;
 
 static uint8_t u8(void) { return *at++; }
 static uint16_t u16(void) { uint16_t v; memcpy(&v, at, 2); at += 2; return v; }
@@ -83,7 +93,41 @@ static void fresh(unsigned first, unsigned n)
 	mmap((void *)(ARENA + first * 4096ULL), n * 4096ULL, PROT_READ | PROT_WRITE,
 	     MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0);
 	madvise((void *)(ARENA + first * 4096ULL), n * 4096ULL, MADV_NOHUGEPAGE);
+	/* no fork makes these pages shared for a while: what a pin then does to them depends on the kernel's moment */
+	madvise((void *)(ARENA + first * 4096ULL), n * 4096ULL, MADV_DONTFORK);
 	touch(first, n);
+}
+
+/* The open descriptors, but for the one this takes. */
+static unsigned numbers(int *found, unsigned room)
+{
+	DIR *folder = opendir("/proc/self/fd");
+	struct dirent *entry;
+	unsigned n = 0;
+
+	while (folder && (entry = readdir(folder)) && n < room)
+		if (entry->d_name[0] != '.' && atoi(entry->d_name) != dirfd(folder))
+			found[n++] = atoi(entry->d_name);
+	if (folder)
+		closedir(folder);
+	return n;
+}
+
+/* The descriptor that is open and not among the `n` of before; -1 when there is none. */
+static int new_number(const int *before, unsigned n)
+{
+	int now[256];
+	unsigned count = numbers(now, 256);
+
+	for (unsigned i = 0; i < count; i++) {
+		unsigned j = 0;
+
+		while (j < n && before[j] != now[i])
+			j++;
+		if (j == n)
+			return now[i];
+	}
+	return -1;
 }
 
 static void step_ioctl(void)
@@ -94,17 +138,25 @@ static void step_ioctl(void)
 	uint32_t cmd = u32();
 	unsigned long arg;
 	unsigned char *data = (unsigned char *)SCRATCH;
-	unsigned length;
+	unsigned length, before_count = 0;
+	int before[256];
+	bool read_only;
 	long result;
 
 	for (unsigned i = 0; i < patches; i++)
 		offsets[i] = u16();
 	length = u16();
 	arg = SCRATCH;
+	read_only = length != 0xffff && length & 0x8000;
 	if (length == 0xffff) {
 		arg = u64();
 		length = 0;
 	} else {
+		length &= 0x7fff;
+		if (read_only) {
+			arg = READ_ONLY;
+			data = (unsigned char *)READ_ONLY;
+		}
 		memcpy(data, at, length);
 		at += length;
 	}
@@ -113,13 +165,22 @@ static void step_ioctl(void)
 
 		memcpy(data + (offsets[i] & 255), &value, 4);
 	}
+	if (out_slot != NONE && out_offset == NONE)
+		before_count = numbers(before, 256);
+	if (read_only)
+		mprotect(data, 4096, PROT_READ);
 	result = ioctl(fd, cmd, arg);
-	if (result >= 0 && out_slot != 255) {
+	if (read_only) {
+		int failed = errno;
+
+		mprotect(data, 4096, PROT_READ | PROT_WRITE);
+		errno = failed;
+	}
+	if (result >= 0 && out_slot != NONE) {
 		int value;
 
-		if (out_offset == 255) {
-			value = result;
-			result = result ? 1 : 0;
+		if (out_offset == NONE) {
+			value = new_number(before, before_count);
 		} else {
 			memcpy(&value, data + out_offset, 4);
 			memset(data + out_offset, 0, 4);
@@ -132,15 +193,111 @@ static void step_ioctl(void)
 	hex(data, length);
 }
 
+/* All permitted capabilities are effective from now on, or none is. */
+static void capabilities(bool effective)
+{
+	struct __user_cap_header_struct head = { _LINUX_CAPABILITY_VERSION_3, 0 };
+	struct __user_cap_data_struct sets[2] = { 0 };
+
+	syscall(SYS_capget, &head, sets);
+	for (int i = 0; i < 2; i++)
+		sets[i].effective = effective ? sets[i].permitted : 0;
+	syscall(SYS_capset, &head, sets);
+}
+
 /* From here on an ordinary user's lot: no capabilities, and so much memory to lock. */
 static void limit(unsigned pages)
 {
 	struct rlimit memory = { pages * 4096UL, pages * 4096UL };
-	struct __user_cap_header_struct head = { _LINUX_CAPABILITY_VERSION_3, 0 };
-	struct __user_cap_data_struct none[2] = { 0 };
 
 	setrlimit(RLIMIT_MEMLOCK, &memory);
-	syscall(SYS_capset, &head, none);
+	capabilities(false);
+	limited = true;
+}
+
+/* Memory where the program has it, looked at by who may. */
+static void furnish(void)
+{
+	mmap((void *)SCRATCH, 65536, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0);
+	memset((void *)SCRATCH, 0, 65536);
+	capabilities(true);
+	pagemap = open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC);
+	if (limited)
+		capabilities(false);
+	fresh(0, PAGES);
+}
+
+static void step(void);
+
+/* The life of the second process: steps, by where they lie in the file, and what they answered. */
+static void serve(int orders, int answers)
+{
+	char *text;
+	size_t length;
+
+	fclose(stdout);
+	stdout = open_memstream(&text, &length);
+	furnish();
+	do {
+		fflush(stdout);
+		if (write(answers, &length, sizeof(length)) < 0 || write(answers, text, length) < 0)
+			break;
+		rewind(stdout);
+		if (read(orders, &at, sizeof(at)) != sizeof(at))
+			break;
+		step();
+	} while (true);
+	_exit(0);
+}
+
+/* Prints what the second process says. */
+static void hear(void)
+{
+	size_t length = 0;
+	char text[4096];
+
+	if (read(from_second, &length, sizeof(length)) != sizeof(length))
+		printf("died");
+	while (length) {
+		ssize_t n = read(from_second, text, length < sizeof(text) ? length : sizeof(text));
+
+		if (n <= 0)
+			break;
+		fwrite(text, 1, n, stdout);
+		length -= n;
+	}
+}
+
+static void fork_second(void)
+{
+	int orders[2], answers[2];
+
+	if (pipe(orders) || pipe(answers))
+		_exit(2);
+	fflush(stdout);
+	second = fork();
+	if (!second) {
+		close(orders[1]);
+		close(answers[0]);
+		serve(orders[0], answers[1]);
+	}
+	close(orders[0]);
+	close(answers[1]);
+	to_second = orders[1];
+	from_second = answers[0];
+	hear();
+}
+
+static void end_second(void)
+{
+	int status;
+
+	if (second <= 0)
+		return;
+	close(to_second);
+	close(from_second);
+	waitpid(second, &status, 0);
+	second = 0;
 }
 
 static void step(void)
@@ -199,7 +356,7 @@ static void step(void)
 		first = u8();
 		n = u8();
 		slot = u8();
-		if (slot == 255)
+		if (slot == NONE)
 			fresh(first, n);
 		else
 			answer(mmap((void *)(ARENA + first * 4096ULL), n * 4096ULL, PROT_READ | PROT_WRITE,
@@ -223,15 +380,25 @@ static void step(void)
 	case LIMIT:
 		limit(u16());
 		break;
+	case FORK:
+		end_second();
+		fork_second();
+		break;
+	case EXIT:
+		end_second();
+		break;
+	case SECOND:
+		length = u16();
+		if (second && write(to_second, &at, sizeof(at)) == sizeof(at))
+			hear();
+		at += length;
+		break;
 	}
 }
 
 static void play(uint32_t seed, unsigned steps)
 {
-	mmap((void *)SCRATCH, 65536, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0);
-	memset((void *)SCRATCH, 0, 65536);
-	pagemap = open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC);
-	fresh(0, PAGES);
+	furnish();
 	for (int i = 0; i < SLOTS; i++)
 		slots[i] = -1;
 	printf("sequence %u\n", seed);
@@ -240,6 +407,7 @@ static void play(uint32_t seed, unsigned steps)
 		step();
 		putchar('\n');
 	}
+	end_second();
 	fflush(stdout);
 	_exit(0);
 }

@@ -1,7 +1,7 @@
 """A sequence of calls as data, and the file the player reads.
 
 A :class:`Program` is a list of steps over fixed memory (the player's arena) and descriptor slots. :func:`encode` writes
-programs for ``player.c``; :func:`describe` shows one as a person would write it.
+programs for ``player.c``; ``str`` of a step shows it as a person would write it.
 """
 
 from __future__ import annotations
@@ -15,8 +15,10 @@ from iommufd.testing.subject import struct_of
 ARENA = 0x1000_0000_0000
 PAGES = 256
 PAGE = 4096
-MAGIC = b"IOMMUFZ1"
-IOCTL, OPEN, CLOSE, READ, WRITE, POLL, POKE, PEEK, MMAP, MUNMAP, MPROTECT, MEMFD, LIMIT = range(13)
+MAGIC = b"IOMMUFZ2"
+(IOCTL, OPEN, CLOSE, READ, WRITE, POLL, POKE, PEEK, MMAP, MUNMAP, MPROTECT, MEMFD, LIMIT, FORK, EXIT, SECOND) = range(
+    16
+)
 NAMES = (
     "ioctl",
     "open",
@@ -31,7 +33,10 @@ NAMES = (
     "mprotect",
     "memfd",
     "limit",
+    "fork",
+    "exit",
 )
+NEW = 255  # instead of an offset: the descriptor is the one that was not there before the call
 
 
 @dataclass(frozen=True)
@@ -39,8 +44,9 @@ class Step:
     """One step: its kind, the slot it is about, numbers and bytes by kind.
 
     An ioctl has ``cmd``, ``data`` (the struct), ``patches`` [(offset, slot)] of descriptors given in it, and ``out``
-    (slot, offset) of one handed out (offset 255: the return value). ``address`` set instead of data: a bare
-    argument."""
+    (slot, offset) of one handed out (offset :data:`NEW`: told nowhere). With ``read_only`` the struct lies in memory
+    that cannot be written. ``address`` set instead of data: a bare argument. ``second``: the second process takes the
+    step, with its own memory and with the descriptors it got when it was forked."""
 
     kind: int
     slot: int = 0
@@ -50,37 +56,44 @@ class Step:
     patches: tuple[tuple[int, int], ...] = ()
     out: tuple[int, int] | None = None
     address: int | None = None
+    read_only: bool = False
+    second: bool = False
 
     def encode(self) -> bytes:
-        head = bytes([self.kind])
+        own = bytes([self.kind]) + self._body()
+        return bytes([SECOND]) + struct.pack("<H", len(own)) + own if self.second else own
+
+    def _body(self) -> bytes:
         if self.kind == IOCTL:
             slot, offset = self.out or (255, 0)
             body = struct.pack("<BBBBI", self.slot, slot, offset, len(self.patches), self.cmd)
             body += b"".join(struct.pack("<H", at | which << 8) for at, which in self.patches)
             if self.address is not None:
-                return head + body + struct.pack("<HQ", 0xFFFF, self.address)
-            return head + body + struct.pack("<H", len(self.data)) + self.data
+                return body + struct.pack("<HQ", 0xFFFF, self.address)
+            return body + struct.pack("<H", len(self.data) | self.read_only << 15) + self.data
         if self.kind in (OPEN, CLOSE, POLL):
-            return head + bytes([self.slot])
+            return bytes([self.slot])
         if self.kind == READ:
-            return head + struct.pack("<BH", self.slot, self.numbers[0])
+            return struct.pack("<BH", self.slot, self.numbers[0])
         if self.kind == WRITE:
-            return head + struct.pack("<BH", self.slot, len(self.data)) + self.data
+            return struct.pack("<BH", self.slot, len(self.data)) + self.data
         if self.kind == POKE:
-            return head + struct.pack("<QH", self.numbers[0], len(self.data)) + self.data
+            return struct.pack("<QH", self.numbers[0], len(self.data)) + self.data
         if self.kind == PEEK:
-            return head + struct.pack("<QH", *self.numbers)
+            return struct.pack("<QH", *self.numbers)
         if self.kind == MEMFD:
-            return head + struct.pack("<BH", self.slot, self.numbers[0])
+            return struct.pack("<BH", self.slot, self.numbers[0])
         if self.kind == LIMIT:
-            return head + struct.pack("<H", self.numbers[0])
-        return head + bytes(self.numbers)
+            return struct.pack("<H", self.numbers[0])
+        return bytes(self.numbers)
 
     def __str__(self) -> str:
+        who = "second process: " if self.second else ""
         if self.kind == IOCTL and self.address is None:
-            return f"fd{self.slot} {struct_of(self.cmd, self.data)!r}{self.patches or ''}"
+            where = " in read-only memory" if self.read_only else ""
+            return f"{who}fd{self.slot} {struct_of(self.cmd, self.data)!r}{self.patches or ''}{where}"
         shown = self.data.hex() if len(self.data) <= 32 else f"{len(self.data)} bytes"
-        return f"{NAMES[self.kind]} fd{self.slot} {self.cmd:#x} {self.numbers} {shown} {self.address}"
+        return f"{who}{NAMES[self.kind]} fd{self.slot} {self.cmd:#x} {self.numbers} {shown} {self.address}"
 
 
 @dataclass
@@ -89,9 +102,13 @@ class Program:
     steps: list[Step] = field(default_factory=list)
 
     @property
-    def limited(self) -> bool:
-        """Whether it is an ordinary user's: it begins with LIMIT."""
-        return bool(self.steps) and self.steps[0].kind == LIMIT
+    def grant(self) -> str:
+        """What the program's process must be granted to begin as root does on the kernel: this host's root may have
+        less. A process that gives its capabilities up on its way must not keep what it was granted, but for the one
+        that is asked for before."""
+        if not any(step.kind == LIMIT for step in self.steps):
+            return "all"
+        return "" if self.steps[0].kind == LIMIT else "sys_resource"
 
     def encode(self) -> bytes:
         body = b"".join(step.encode() for step in self.steps)

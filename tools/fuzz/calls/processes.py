@@ -1,0 +1,66 @@
+"""Calls of several processes on one context, and who pays for pinned files."""
+
+from __future__ import annotations
+
+from iommufd.uapi import iommufd as u
+from tools.fuzz.author import Author
+from tools.fuzz.calls import ioas, selftest
+from tools.fuzz.program import EXIT, FORK, LIMIT, Step
+
+
+def change_process(a: Author) -> None:
+    a.ask(u.iommu_ioas_change_process(reserved=a.wrong(0, 1)))
+
+
+def fork(a: Author) -> None:
+    """A second process; an ordinary user's if the first is, or by chance."""
+    if a.dirty or a.stage.second is not None:
+        return
+    a.write(Step(FORK))
+    if a.memlock is not None:
+        limit_second(a)
+
+
+def limit_second(a: Author) -> None:
+    most = 16 if a.memlock is None else a.memlock
+    a.by_second = True
+    a.write(Step(LIMIT, numbers=(a.r.choice([pages for pages in (0, 1, 2, 4, 8, 16) if pages <= most]),)))
+    a.by_second = False
+
+
+def by_second(a: Author) -> None:
+    """The second process makes a call; there is one after this."""
+    if a.stage.second is None:
+        fork(a)
+        return
+    a.by_second = True
+    if a.slot not in a.slots:
+        a.slot = 0
+    a.r.choices(list(_BY_SECOND), list(_BY_SECOND.values()))[0](a)
+    a.by_second = False
+
+
+def exit_second(a: Author) -> None:
+    if a.stage.second is not None:
+        a.write(Step(EXIT))
+
+
+_BY_SECOND = {
+    change_process: 4,
+    ioas.map: 4,
+    ioas.map_file: 4,
+    ioas.copy: 2,
+    ioas.unmap: 2,
+    ioas.ioas_alloc: 1,
+    ioas.destroy: 1,
+    ioas.ranges: 1,
+    ioas.option: 1,
+    ioas.noiommu_pa: 1,
+    ioas.memory: 2,
+    selftest.mock_domain: 2,
+    selftest.replace: 2,
+    selftest.checks: 2,
+    selftest.access_pages: 2,
+    selftest.access_rw: 4,
+}
+CALLS = {change_process: 2, by_second: 2, exit_second: 1}
