@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from iommufd.memory.frames import Extents
 
 ACCESS_RW_READ, ACCESS_RW_WRITE, ACCESS_RW_KTHREAD, ACCESS_RW_SLOW_PATH = 0, 1, 2, 4
+_NOT_AS_CALLER = ACCESS_RW_KTHREAD | ACCESS_RW_SLOW_PATH
 
 
 @dataclass(frozen=True, slots=True)
@@ -281,41 +282,47 @@ class Access(Object):
         """devices 8.7: ``length`` bytes at ``iova``, or KernelError EINVAL, EOVERFLOW, ENOENT, EPERM, EFAULT, ENOMEM.
 
         ``task`` is the thread on whose behalf it happens: None, or flag KTHREAD, for a kernel thread."""
-        parts: list[bytes] = []
-        self._rw(task, iova, length, None, flags, parts)
-        return parts[0] if len(parts) == 1 else b"".join(parts)
+        _last(iova, length)  # before there is a buffer of that size
+        try:
+            data = bytearray(length)
+        except (MemoryError, OverflowError):
+            raise KernelError(errno.ENOMEM, f"no buffer of {length:#x} bytes") from None
+        self._rw(task, iova, memoryview(data), False, flags)
+        return bytes(data)
+
+    def read_into(self, task: Task | None, iova: int, buffer: memoryview, flags: int = 0) -> None:
+        """As :meth:`read`, into all of a writable, contiguous ``buffer``: for large copies that are to be repeated. On
+        failure a leading part may have been filled."""
+        self._rw(task, iova, buffer, False, flags)
 
     def write(
         self, task: Task | None, iova: int, data: bytes | bytearray | memoryview, flags: int = ACCESS_RW_WRITE
     ) -> None:
         """devices 8.7: writes ``data`` at ``iova``. Areas before the one that failed keep what was written."""
-        self._rw(task, iova, len(data), memoryview(data), flags, [])
+        self._rw(task, iova, memoryview(data), True, flags)
 
-    def _rw(
-        self,
-        task: Task | None,
-        iova: int,
-        length: int,
-        data: memoryview | None,
-        flags: int,
-        parts: list[bytes],
-    ) -> None:
+    def _rw(self, task: Task | None, iova: int, data: memoryview, write: bool, flags: int) -> None:
         world = self.context.world
+        length = len(data)
         last = _last(iova, length)  # steps 1-2
         with world.lock:
             table = self._start()  # step 3
+            found = table.areas.find(iova)
         try:
             at = iova
-            while at <= last:
-                with world.lock:
-                    area, pages = _area_at(table, at, iova, last)  # step 7
-                _check_protection(area, at, data is not None, pinning=False)  # steps 4-5
-                stop = min(last, area.last)
-                piece = None if data is None else data[at - iova : stop - iova + 1]
-                copied = _copy(world, task, pages, area.start + at - area.first, stop - at + 1, piece, flags)  # step 6
-                if copied is not None:
-                    parts.append(copied)
+            while True:
+                area, pages = _live(found, at, iova, last)  # step 7
+                _check_protection(area, at, write, pinning=False)  # steps 4-5
+                stop = area.last
+                if stop >= last:
+                    piece = data if at == iova else data[at - iova :]
+                    _copy(world, task, pages, area.start + at - area.first, piece, write, flags)  # step 6
+                    return
+                piece = data[at - iova : stop - iova + 1]
+                _copy(world, task, pages, area.start + at - area.first, piece, write, flags)
                 at = stop + 1
+                with world.lock:
+                    found = table.areas.find(at)
         finally:
             self._end(table)
 
@@ -323,13 +330,19 @@ class Access(Object):
 
     def _start(self) -> IOPagetable:
         """Locked: keeps the IOAS attached and its areas in place until :meth:`_end`; ENOENT when there is none."""
-        world = self.context.world
-        self.lock.start_read(world)
-        if self.ioas is None:
-            self.lock.end_read(world)
+        lock = self.lock
+        while lock.blocked:
+            self.context.world.wait()
+        ioas = self.ioas
+        if ioas is None:
             raise KernelError(errno.ENOENT, "the access is not attached to an IOAS")
-        table = self.ioas.io_pagetable
-        table.iova_sem.start_read(world)
+        lock.readers += 1  # nobody writes: see RWState
+        table = ioas.io_pagetable
+        sem = table.iova_sem
+        if sem.blocked:
+            sem.start_read(self.context.world)
+        else:
+            sem.readers += 1
         return table
 
     def _end(self, table: IOPagetable) -> None:
@@ -350,7 +363,11 @@ def _last(iova: int, length: int) -> int:
 
 def _area_at(table: IOPagetable, at: int, iova: int, last: int) -> tuple[Area, Pages]:
     """The live area at IOVA ``at``, locked; ENOENT where the range ``[iova, last]`` has a gap (core 5.6 row 7)."""
-    found = table.areas.find(at)
+    return _live(table.areas.find(at), at, iova, last)
+
+
+def _live(found: tuple[int, int, Area] | None, at: int, iova: int, last: int) -> tuple[Area, Pages]:
+    """The same for what was found at ``at``."""
     area = None if found is None else found[2]
     if area is None or area.pages is None:
         raise KernelError(errno.ENOENT, gap_sentence(iova, last, at, area))
@@ -396,48 +413,47 @@ def _pin(world: World, task: Task | None, pages: Pages, page: int, count: int, w
         pages.unlock(world)
 
 
-def _copy(
-    world: World, task: Task | None, pages: Pages, start: int, length: int, data: memoryview | None, flags: int
-) -> bytes | None:
-    """devices 8.7, copy of one slice: ``length`` bytes from byte ``start`` of the pages object; reads when ``data`` is
-    None."""
-    _check_backing(pages, data is not None)  # steps 1-2
-    if pages.source is not None:  # step 3
-        return _slow_copy(world, task, pages, start, length, data)
+def _copy(world: World, task: Task | None, pages: Pages, start: int, data: memoryview, write: bool, flags: int) -> None:
+    """devices 8.7, copy of one slice: ``data`` to or from byte ``start`` of the pages object."""
+    _check_backing(pages, write)  # steps 1-2
     space = pages.owner.space
-    if flags & ACCESS_RW_KTHREAD or task is None:  # step 5
-        if not space.alive:
-            return _slow_copy(world, task, pages, start, length, data)
-    elif task.space is not space or flags & ACCESS_RW_SLOW_PATH:  # step 4
-        if (start & PAGE_OFFSET) + length > PAGE_SIZE:
-            return _slow_copy(world, task, pages, start, length, data)
-        if world.failpoint(REMOTE_COPY, task):
+    if pages.source is not None:  # step 3
+        _slow_copy(world, task, pages, start, data, write)
+        return
+    if task is not None and not flags & _NOT_AS_CALLER and task.space is space:  # step 6
+        if write:
+            task.write(pages.base + start, data)
+        else:
+            task.read_into(pages.base + start, data)
+        return
+    if not (flags & ACCESS_RW_KTHREAD or task is None):  # step 4; step 5 is the kernel thread's
+        if (start & PAGE_OFFSET) + len(data) > PAGE_SIZE:
+            _slow_copy(world, task, pages, start, data, write)
+            return
+        if world.fail is not None and world.fail(REMOTE_COPY, task):
             raise KernelError(errno.EINVAL, "fault injection: copying one page of another process")
-        if not space.alive:
-            return _slow_copy(world, task, pages, start, length, data)
-    # step 6, and the one-page path: what is at the address now, under the protections the process set
-    if data is None:
-        return space.read(pages.base + start, length)
-    space.write(pages.base + start, data)
-    return None
+    if not space.alive:
+        _slow_copy(world, task, pages, start, data, write)
+    elif write:  # step 6: what is at the address now, under the protections the process set
+        space.write(pages.base + start, data)
+    else:
+        data[:] = space.read(pages.base + start, len(data))
 
 
-def _slow_copy(
-    world: World, task: Task | None, pages: Pages, start: int, length: int, data: memoryview | None
-) -> bytes | None:
+def _slow_copy(world: World, task: Task | None, pages: Pages, start: int, data: memoryview, write: bool) -> None:
     """Through page frames: those held already, others pinned for the length of the copy (core 5.3)."""
     page = start >> PAGE_SHIFT
-    count = ((start + length - 1) >> PAGE_SHIFT) - page + 1
+    count = ((start + len(data) - 1) >> PAGE_SHIFT) - page + 1
     pages.lock(world)
     try:
-        if world.failpoint(SCRATCH, task):
+        if world.fail is not None and world.fail(SCRATCH, task):
             raise KernelError(errno.ENOMEM, "fault injection: no memory to gather page frames")
         extents, loans = pages.borrow(world, task, page, count)
         try:
-            if data is None:
-                return read_extents(extents, start & PAGE_OFFSET, length)
-            write_extents(extents, start & PAGE_OFFSET, data)
-            return None
+            if write:
+                write_extents(extents, start & PAGE_OFFSET, data)
+            else:
+                data[:] = read_extents(extents, start & PAGE_OFFSET, len(data))
         finally:
             for loan in loans:
                 unpin_extents(loan)

@@ -76,6 +76,15 @@ class CallerMemory:
 
     def read_into(self, addr: int, buffer: bytearray | memoryview) -> int:
         """Reads into the leading bytes of ``buffer``; how many could be read."""
+        count = len(buffer)
+        if count <= KEPT:
+            self._pack(self._iovecs, 0, self._address, count, addr, count)
+            got: int = _readv(self._tid, self._local, _ONE, self._remote, _ONE, _ZERO)
+            if got < 0:
+                self._diagnose()
+                return 0
+            buffer[:got] = self._view[:got]
+            return got
         first = ctypes.c_char.from_buffer(buffer)
         return self._long(_readv, ctypes.addressof(first), addr, len(buffer))
 

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from iommufd.engine.task import Task
 
 MAX_LENGTH = 16 << 20
+KEPT_BYTES = 2 << 20
 PAGES_FLAGS = t.MOCK_FLAGS_ACCESS_WRITE | t.MOCK_FLAGS_ACCESS_SYZ
 RW_FLAGS = t.MOCK_ACCESS_RW_WRITE | t.MOCK_ACCESS_RW_SLOW_PATH | t.MOCK_FLAGS_ACCESS_SYZ
 
@@ -47,6 +48,7 @@ class AccessFile(File):
         self._access: Access | None = None
         self._items: dict[int, Item] = {}
         self._next = 0
+        self.kept: bytearray | None = None
 
     @property
     def access(self) -> Access:
@@ -108,6 +110,16 @@ class AccessFile(File):
                 if item.iova <= last and iova < item.iova + item.length:
                     del self._items[number]
                     self.access.unpin_pages(*item)
+
+    def buffer(self, length: int) -> tuple[memoryview, bytearray | None]:
+        """``length`` bytes to copy through, and what becomes ``kept`` again after the copy: the first use of a large
+        buffer costs as much in page faults as the copy. It holds anything; a copy that fails shows none of it."""
+        if not PAGE_SIZE < length <= KEPT_BYTES:
+            return memoryview(bytearray(length)), None
+        kept, self.kept = self.kept, None
+        if kept is None:
+            kept = bytearray(KEPT_BYTES)
+        return memoryview(kept)[:length], kept
 
     def syz_iova(self, iova: int) -> int:
         """7: "n-th area and offset" of the access's IOAS, as an IOVA."""
@@ -180,16 +192,21 @@ def access_rw(call: Call, cmd: t.test_access_rw) -> None:
     if cmd.flags & ~RW_FLAGS:  # row 2
         raise KernelError(errno.EOPNOTSUPP, f"unknown flags {cmd.flags:#x}")
     file = access_file(call, cmd.id)  # row 3
+    task = call.task
+    data, kept = file.buffer(length)
     try:
-        write = cmd.flags & t.MOCK_ACCESS_RW_WRITE
-        data = call.task.read(cmd.uptr, length) if write else b""  # row 4
+        if cmd.flags & t.MOCK_ACCESS_RW_WRITE:
+            task.read_into(cmd.uptr, data)  # row 4
         iova = file.syz_iova(cmd.iova) if cmd.flags & t.MOCK_FLAGS_ACCESS_SYZ else cmd.iova  # row 5
         flags = cmd.flags & ~t.MOCK_FLAGS_ACCESS_SYZ
-        if write:
-            file.access.write(call.task, iova, data, flags)  # rows 6-8
+        if cmd.flags & t.MOCK_ACCESS_RW_WRITE:
+            file.access.write(task, iova, data, flags)  # rows 6-8
         else:
-            call.task.write(cmd.uptr, file.access.read(call.task, iova, length, flags))  # rows 6-9
+            file.access.read_into(task, iova, data, flags)
+            task.write(cmd.uptr, data)  # row 9
     finally:
+        if kept is not None:
+            file.kept = kept
         file.put()
 
 
