@@ -12,7 +12,7 @@ import errno
 import struct
 from collections.abc import Callable
 from enum import Enum
-from typing import TYPE_CHECKING, TypeVar, cast
+from typing import TYPE_CHECKING, TypeVar
 
 from iommufd.engine.failpoints import LOOKUP, SLAB
 from iommufd.engine.file import File, Pending
@@ -72,7 +72,7 @@ class Call:
         self.arg = arg
         self.size = 0
         self.row: Row | None = None
-        self.cmd: Struct = cast("Struct", None)
+        self.cmd: Struct | None = None  # from row 7 on
         self.raw = b""
         self.held: tuple[Object, ...] = ()
         self.new: tuple[Object, ...] = ()
@@ -86,7 +86,9 @@ class Call:
         objects = self.context.objects
         obj = objects.take(number, kind)
         if obj is None:
-            obj = cast("T", objects.get(number, kind))
+            found = objects.get(number, kind)
+            assert isinstance(found, kind)
+            obj = found
         self.held = (*self.held, obj)
         return obj
 
@@ -120,9 +122,9 @@ class Call:
     def respond(self) -> None:
         """Writes min(size, full) bytes of the struct back (core 1.5) before the handler is done; EFAULT if that
         fails."""
-        row = self.row
-        assert row is not None
-        data = self.cmd.pack()
+        row, cmd = self.row, self.cmd
+        assert row is not None and cmd is not None
+        data = cmd.pack()
         length = self.size if self.size < row.full else row.full
         self.task.write(self.arg, data if length == len(data) else data[:length])
 

@@ -16,12 +16,13 @@ from __future__ import annotations
 import errno
 from collections import deque
 from struct import Struct
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 from iommufd.engine.cookies import ZERO_BECOMES_FREE, Cookies
 from iommufd.engine.dispatch import Call, Handler, Respond
 from iommufd.engine.eventq import EventQueue, QueueFile, open_queue, stream_only
 from iommufd.engine.file import POLLIN, POLLOUT, POLLRDNORM
+from iommufd.engine.object import Object
 from iommufd.errors import KernelError
 from iommufd.iommu.faults import FaultGroup, ResponseCode, answer
 from iommufd.uapi.commands import BY_NAME, Command
@@ -35,7 +36,6 @@ from iommufd.uapi.iommufd import (
 
 if TYPE_CHECKING:
     from iommufd.engine.context import Context
-    from iommufd.engine.object import Object
     from iommufd.engine.task import Task
     from iommufd.iommu.faults import AttachHandle
 
@@ -167,7 +167,8 @@ class FaultQueue(EventQueue):
 
 def messages(group: FaultGroup, cookie: int) -> bytes:
     """What a reader gets of a group (events-viommu 3.4)."""
-    owner = cast("Object", group.handle.owner)
+    owner = group.handle.owner
+    assert isinstance(owner, Object)
     return b"".join(
         iommu_hwpt_pgfault(
             flags=request.flags,
@@ -205,7 +206,8 @@ class FaultFile(QueueFile):
 
 def fault_queue_alloc(call: Call) -> None:
     """IOMMU_FAULT_QUEUE_ALLOC (events-viommu 2)."""
-    cmd = cast("iommu_fault_alloc", call.cmd)
+    cmd = call.cmd
+    assert isinstance(cmd, iommu_fault_alloc)
     if cmd.flags:  # row 1
         raise KernelError(errno.EOPNOTSUPP, f"unknown flags {cmd.flags:#x}")
     fault = call.reserve(FaultQueue(call.context))  # row 2

@@ -12,7 +12,7 @@ Invariants (events-viommu 9):
 from __future__ import annotations
 
 import errno
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 from iommufd.engine.access import Access
 from iommufd.engine.dispatch import Call, Handler, Respond
@@ -125,7 +125,8 @@ def close_access(access: Access, start: int, length: int) -> None:
 
 def hw_queue_alloc(call: Call) -> None:
     """IOMMU_HW_QUEUE_ALLOC (events-viommu 9)."""
-    cmd = cast("iommu_hw_queue_alloc", call.cmd)
+    cmd = call.cmd
+    assert isinstance(cmd, iommu_hw_queue_alloc)
     iova, length = cmd.nesting_parent_iova, cmd.length
     if cmd.flags or cmd.type == IOMMU_HW_QUEUE_TYPE_DEFAULT:  # row 1
         raise KernelError(errno.EOPNOTSUPP, f"flags {cmd.flags:#x} must be 0 and type {cmd.type:#x} must not")

@@ -83,6 +83,7 @@ class HwptPaging(Hwpt):
 
     __slots__ = ("_in_ioas", "_listed", "auto_domain", "enforce_cache_coherency", "ioas", "msi_present", "nest_parent")
     kind = "HWPT_PAGING"
+    _domain: PagingDomain | None
 
     def __init__(self, context: Context, ioas: IOAS, *, pasid_compat: bool = False, nest_parent: bool = False) -> None:
         super().__init__(context, pasid_compat)
@@ -99,7 +100,7 @@ class HwptPaging(Hwpt):
     @property
     def domain(self) -> PagingDomain:
         assert self._domain is not None
-        return self._domain  # type: ignore[return-value]
+        return self._domain
 
     @domain.setter
     def domain(self, domain: PagingDomain) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import errno
 from collections.abc import Callable
 from functools import partial
-from typing import cast
 
 from iommufd.engine.dispatch import Call, Handler, Respond
 from iommufd.engine.hwpt import HwptNested
@@ -42,7 +41,8 @@ def operation(obj: Object) -> Callable[[UserArray], None]:
 
 def hwpt_invalidate(call: Call) -> None:
     """IOMMU_HWPT_INVALIDATE (devices.md 7, events-viommu 11)."""
-    cmd = cast("iommu_hwpt_invalidate", call.cmd)
+    cmd = call.cmd
+    assert isinstance(cmd, iommu_hwpt_invalidate)
     array = UserArray(call.task, cmd.data_type, cmd.data_uptr, cmd.entry_len, cmd.entry_num)
     handled = 0
     try:

@@ -12,7 +12,7 @@ Invariants (events-viommu 7):
 from __future__ import annotations
 
 import errno
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 from iommufd.engine.device import Device
 from iommufd.engine.dispatch import Call, Handler, Respond
@@ -101,7 +101,8 @@ def remove_vdevice(idev: Device) -> None:
 
 def vdevice_alloc(call: Call) -> None:
     """IOMMU_VDEVICE_ALLOC (events-viommu 7)."""
-    cmd = cast("iommu_vdevice_alloc", call.cmd)
+    cmd = call.cmd
+    assert isinstance(cmd, iommu_vdevice_alloc)
     if cmd.virt_id > ULONG_MAX:  # row 1: never with 64-bit longs
         raise KernelError(errno.EINVAL, f"virtual id {cmd.virt_id:#x} does not fit a long")
     viommu = call.get(cmd.viommu_id, Viommu)  # row 2

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import errno
 from collections import deque
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 from iommufd.engine.dispatch import Call, Handler, Respond
 from iommufd.engine.eventq import EventQueue, QueueFile, open_queue, stream_only
@@ -147,7 +147,8 @@ class VeventFile(QueueFile):
 
 def veventq_alloc(call: Call) -> None:
     """IOMMU_VEVENTQ_ALLOC (events-viommu 8.1)."""
-    cmd = cast("iommu_veventq_alloc", call.cmd)
+    cmd = call.cmd
+    assert isinstance(cmd, iommu_veventq_alloc)
     if cmd.flags or cmd.reserved or cmd.type == IOMMU_VEVENTQ_TYPE_DEFAULT:  # row 1
         raise KernelError(
             errno.EOPNOTSUPP, f"flags {cmd.flags:#x} and __reserved {cmd.reserved:#x} must be 0, type {cmd.type} not"

@@ -13,7 +13,7 @@ Invariants (events-viommu 6, 10):
 from __future__ import annotations
 
 import errno
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 from iommufd.engine.device import Device
 from iommufd.engine.dispatch import Call, Handler, Respond
@@ -117,7 +117,8 @@ class Viommu(Object):
 
 def viommu_alloc(call: Call) -> None:
     """IOMMU_VIOMMU_ALLOC (events-viommu 6)."""
-    cmd = cast("iommu_viommu_alloc", call.cmd)
+    cmd = call.cmd
+    assert isinstance(cmd, iommu_viommu_alloc)
     if cmd.flags or cmd.type == IOMMU_VIOMMU_TYPE_DEFAULT:  # row 1
         raise KernelError(errno.EOPNOTSUPP, f"flags {cmd.flags:#x} must be 0 and type {cmd.type:#x} must not")
     device = call.get(cmd.dev_id, Device).device  # row 2

@@ -58,13 +58,13 @@ class Selftest(Object):
             self._driver.remove_device(self._device)
 
 
-def mock_domain(call: Call, driver: MockDriver, dev_flags: int) -> tuple[int, int, int]:
-    """Ops MOCK_DOMAIN and MOCK_DOMAIN_FLAGS (4.1): the ids of the SELFTEST, HWPT and DEVICE."""
+def mock_domain(call: Call, driver: MockDriver, target: int, dev_flags: int) -> tuple[int, int, int]:
+    """Ops MOCK_DOMAIN and MOCK_DOMAIN_FLAGS (4.1), attached to ``target``: the ids of the SELFTEST, HWPT and DEVICE."""
     stdev = call.reserve(Selftest(call.context, driver))  # row 1
     if dev_flags & ~DEVICE_FLAGS:  # row 2
         raise KernelError(errno.EINVAL, f"unknown device flags {dev_flags:#x}")
     stdev.plug(dev_flags)  # row 3
-    hwpt = stdev.idev.attach(call.cmd.id, task=call.task)  # type: ignore[attr-defined]  # row 4
+    hwpt = stdev.idev.attach(target, task=call.task)  # row 4
     return stdev.id, hwpt, stdev.idev.id
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from iommufd.engine.dispatch import Call, Handler, Respond
 from iommufd.errors import KernelError
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 TOP_NR = 0xA0
 
 Op = Callable[[Call, Any], "int | None"]
+"""``Any`` is the op's own arm of the struct: :data:`t.ARMS` pairs the two."""
 
 _HANDLER_RESPONDS = frozenset({t.IOMMU_TEST_OP_ACCESS_PAGES})
 
@@ -61,7 +62,9 @@ class TestCommand:
 
     def handle(self, call: Call) -> int | None:
         """Runs the op; those that respond copy the whole struct back (mock-device 1)."""
-        op = cast("t.iommu_test_cmd", call.cmd).op
+        head = call.cmd
+        assert isinstance(head, t.iommu_test_cmd)
+        op = head.op
         handler = self._ops.get(op)
         if handler is None or call.world.kernel < t.ARMS[op].SINCE:
             raise KernelError(errno.EOPNOTSUPP, f"there is no test op {op}")
@@ -73,7 +76,9 @@ class TestCommand:
 
     def _mock_domain(self, call: Call, cmd: t.test_mock_domain | t.test_mock_domain_flags) -> None:
         dev_flags = cmd.dev_flags if isinstance(cmd, t.test_mock_domain_flags) else 0
-        cmd.out_stdev_id, cmd.out_hwpt_id, cmd.out_idev_id = stdev.mock_domain(call, self._driver, dev_flags)
+        cmd.out_stdev_id, cmd.out_hwpt_id, cmd.out_idev_id = stdev.mock_domain(
+            call, self._driver, cmd.id, dev_flags
+        )
 
     @property
     def rows(self) -> list[tuple[Command, Handler, Respond]]:

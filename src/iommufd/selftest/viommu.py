@@ -9,11 +9,14 @@ from __future__ import annotations
 import errno
 from contextlib import suppress
 from struct import pack
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, NamedTuple
 
+from iommufd.engine.device import Device
+from iommufd.engine.viommu import Viommu
 from iommufd.errors import KernelError
 from iommufd.iommu.faults import LAST_PAGE, PASID_VALID, PageRequest, report_device_fault
 from iommufd.memory.frames import PAGE_SIZE
+from iommufd.selftest.device import MockDevice
 from iommufd.selftest.nested import MockNestedDomain, alloc_nested
 from iommufd.uapi.iommufd_test import (
     IOMMU_HW_QUEUE_TYPE_SELFTEST,
@@ -34,11 +37,9 @@ from iommufd.uapi.iommufd_test import (
 
 if TYPE_CHECKING:
     from iommufd.engine.dispatch import Call
-    from iommufd.engine.viommu import Viommu
     from iommufd.iommu.domain import Domain, PagingDomain
     from iommufd.iommu.user_data import UserArray, UserData
     from iommufd.iommu.viommu import DriverHwQueue, DriverViommu
-    from iommufd.selftest.device import MockDevice
 
 MMAP_LENGTH = 2 * PAGE_SIZE
 DATA_MINIMUM = 8  # iommu_viommu_selftest through ``out_data``
@@ -56,6 +57,13 @@ class MockViommu:
     def __init__(self, *, clears_slot_0: bool = False) -> None:
         self.clears_slot_0 = clears_slot_0
         self.queues: list[DriverHwQueue | None] = [None] * IOMMU_TEST_HW_QUEUE_MAX
+
+
+class Slot(NamedTuple):
+    """What the mock driver keeps of a HW queue: its number, and the queue before it, which it depends on."""
+
+    number: int
+    before: DriverHwQueue | None
 
 
 class MockViommuOps:
@@ -86,7 +94,7 @@ class MockViommuOps:
 
     def hw_queue_init_phys(self, viommu: DriverViommu, queue: DriverHwQueue, index: int, base_pa: int) -> None:
         """Two queues, the second only beside the first (events-viommu 9, driver part)."""
-        queues = cast("MockViommu", viommu.private).queues
+        queues = _state(viommu).queues
         if index >= IOMMU_TEST_HW_QUEUE_MAX:
             raise KernelError(errno.EINVAL, f"there is no HW queue {index}")
         if queues[index] is not None:
@@ -101,18 +109,24 @@ class MockViommuOps:
             )
         if before is not None:
             queue.depend(before)
-        queue.private = (index, before)
+        queue.private = Slot(index, before)
         queues[index] = queue
 
     def hw_queue_destroy(self, viommu: DriverViommu, queue: DriverHwQueue) -> None:
-        state = cast("MockViommu", viommu.private)
-        index, before = cast("tuple[int, DriverHwQueue | None]", queue.private)
+        state, used = _state(viommu), queue.private
+        assert isinstance(used, Slot)
+        index, before = used
         state.queues[0 if state.clears_slot_0 else index] = None
         if before is not None:
             queue.undepend(before)
 
 
 OPS = MockViommuOps()
+
+
+def _state(viommu: DriverViommu) -> MockViommu:
+    assert isinstance(viommu.private, MockViommu)
+    return viommu.private
 
 
 def supported(type: int) -> bool:
@@ -122,8 +136,8 @@ def supported(type: int) -> bool:
 
 def init(viommu: DriverViommu, parent: PagingDomain, data: UserData | None) -> None:
     """``viommu_init``: with data, memory to map whose first word says ``in_data`` (events-viommu 6, mock driver)."""
-    defects = cast("Viommu", viommu).context.world.defects
-    viommu.private = MockViommu(clears_slot_0=CLEARS_SLOT_0 in defects)
+    assert isinstance(viommu, Viommu)  # what a driver may not know: whose defects it is to show
+    viommu.private = MockViommu(clears_slot_0=CLEARS_SLOT_0 in viommu.context.world.defects)
     if data is not None:
         given = data.copy(IOMMU_VIOMMU_TYPE_SELFTEST, iommu_viommu_selftest, DATA_MINIMUM)  # rows 1, 2
         region = viommu.alloc_mmap(MMAP_LENGTH)  # row 3
@@ -144,9 +158,10 @@ def _invalidate(viommu: DriverViommu, entry: iommu_viommu_invalidate_selftest) -
         raise KernelError(errno.EOPNOTSUPP, f"unknown flags {entry.flags:#x}")
     if entry.cache_id > MOCK_DEV_CACHE_ID_MAX:  # row 6, with ALL too
         raise KernelError(errno.EINVAL, f"there is no cache word {entry.cache_id}")
-    device = cast("MockDevice | None", viommu.find_device(entry.vdev_id))
+    device = viommu.find_device(entry.vdev_id)
     if device is None:  # row 7
         raise KernelError(errno.EINVAL, f"no vDEVICE has virtual id {entry.vdev_id:#x} here")
+    assert isinstance(device, MockDevice)  # no other is behind this IOMMU
     if entry.flags & IOMMU_TEST_INVALIDATE_FLAG_ALL:  # row 8
         device.cache[:] = [0] * MOCK_DEV_CACHE_NUM
     else:
@@ -199,9 +214,6 @@ def _mock_device(call: Call, number: int) -> MockDevice:
 
     Ops 16 and 17 of the kernel do not test the kind and then work on whatever is there; nothing could depend on
     that."""
-    from iommufd.engine.device import Device
-    from iommufd.selftest.device import MockDevice
-
     device = call.get(number, Device).device
     if not isinstance(device, MockDevice):
         raise KernelError(errno.EINVAL, f"{device.name} is not a mock device")
