@@ -116,6 +116,8 @@ class ExtentDomain(BaseDomain):
                     index.insert(last + 1, end, mapping.moved(last + 1 - first))
                 if self._dirty:
                     self._dirty.forget(first, end, iova, last, mapping, self.pgsize_bitmap)
+                if end >= last:
+                    break
 
     def iova_to_phys(self, iova: int) -> int:
         """The physical address behind ``iova``, 0 when there is none."""
