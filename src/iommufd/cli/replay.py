@@ -8,8 +8,7 @@ from __future__ import annotations
 import argparse
 import gc
 import sys
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
 
 from iommufd.observe.trace import TraceError, read_trace
 
@@ -45,7 +44,7 @@ def main(argv: Sequence[str]) -> int:
     return 2
 
 
-def run(source: Any, options: argparse.Namespace) -> int:
+def run(source: Iterable[str], options: argparse.Namespace) -> int:
     """Replays one open trace; the exit status."""
     from iommufd.machine.presets import UnknownMachine, preset
     from iommufd.observe.replay import replay

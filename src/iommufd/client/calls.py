@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from iommufd.client.numbers import number
 from iommufd.errors import errno_name
 from iommufd.uapi.commands import BY_NAME, BY_NUMBER, COMMANDS
-from iommufd.uapi.declare import Struct, show_value
+from iommufd.uapi.declare import Struct, members, show_value
 
 TEST_CMD = BY_NAME["IOMMU_TEST_CMD"].number
 
@@ -31,13 +29,13 @@ def number_of(struct: Struct) -> int:
 def filled(struct: Struct) -> int:
     """Fills ``size``, and ``op`` of a test command, in where they are zero; the ioctl number."""
     cmd = number_of(struct)
-    members: Any = struct
-    if not members.size:
-        members.size = struct.SIZE
-    if cmd == TEST_CMD and not members.op:
+    fill = members(struct)  # every command has a size
+    if not fill.size:
+        fill.size = struct.SIZE
+    if cmd == TEST_CMD and not fill.op:
         from iommufd.uapi.iommufd_test import ARMS
 
-        members.op = next((op for op, arm in ARMS.items() if arm is type(struct)), 0)
+        fill.op = next((op for op, arm in ARMS.items() if arm is type(struct)), 0)
     return cmd
 
 
@@ -46,10 +44,9 @@ def pack(struct: Struct) -> bytes:
     try:
         return struct.pack()
     except Exception as error:  # struct.error: which member does not fit is what a person needs
-        members: Any = struct
         for field in struct.FIELDS:
             if field.ctype.count is None and field.ctype.code not in "iq":
-                number(getattr(members, field.name), f"{type(struct).__name__}.{field.name}", (1 << 8 * field.size) - 1)
+                number(getattr(struct, field.name), f"{type(struct).__name__}.{field.name}", (1 << 8 * field.size) - 1)
         raise ValueError(f"{type(struct).__name__} cannot be packed: {error}") from None
 
 

@@ -9,7 +9,7 @@ VFIO has one call for both: attaching what is attached is EBUSY, replacing what 
 from __future__ import annotations
 
 import errno
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from iommufd.client.errors import IommufdError
 from iommufd.client.hwpt import HWPT, NestedHWPT
@@ -18,6 +18,8 @@ from iommufd.client.numbers import number
 from iommufd.client.objects import Object, PageTable
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from iommufd.client.context import Context
     from iommufd.client.hw_info import HwInfo
 
@@ -82,7 +84,7 @@ class Device(Object):
             raise ValueError("PASID 0 is the device itself: leave pasid out")
         return pasid
 
-    def _attached(self, target: PageTable, pasid: int, call: Any) -> HWPT | NestedHWPT:
+    def _attached(self, target: PageTable, pasid: int, call: Callable[[int, int], int]) -> HWPT | NestedHWPT:
         if not isinstance(target, PageTable):
             raise TypeError(f"a device is attached to an IOAS or a HWPT, not {type(target).__name__}")
         if target.context is not self.context:

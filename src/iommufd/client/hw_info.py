@@ -7,7 +7,7 @@ place. Fields that user space is not meant to rely on are not declared.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeAlias, overload
+from typing import TYPE_CHECKING, TypeAlias, overload
 
 from iommufd.client.buffers import Scratch
 from iommufd.uapi import iommufd as u
@@ -39,7 +39,7 @@ class Bits:
     def __get__(self, obj: object | None, owner: type) -> Bits | int:
         if obj is None:
             return self
-        value: Any = getattr(obj, self.register)
+        value = getattr(obj, self.register)
         if self.where is not None:
             value = value[self.where]
         return int(value >> self.shift & self.mask) + self.plus

@@ -7,7 +7,7 @@ guest; a HW queue is guest memory that the hardware reads by itself. Each holds 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from iommufd.client.hwpt import NestedHWPT, alloc
 from iommufd.client.invalidation import invalidate
@@ -99,7 +99,7 @@ class VIOMMU(Object):
 
         Closing the vIOMMU is EBUSY until the last view of it is gone. ENXIO where no region begins or ends."""
         self._check()
-        where: Any = self.data
+        where = self.data
         for prefix in ("out_vintf_mmap_", "out_mmap_"):
             if where is not None and hasattr(where, f"{prefix}offset"):
                 offset = getattr(where, f"{prefix}offset") if offset is None else offset

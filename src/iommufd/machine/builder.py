@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from iommufd.errors import KernelError
 from iommufd.iommu.driver import RegionType, ReservedRegion
@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from iommufd.iommu.device import Device
     from iommufd.machine.machine import Machine
     from iommufd.vfio.device import VfioDevice
+
+Reserved: TypeAlias = "tuple[int, int] | tuple[int, int, str] | Mapping[str, object] | ReservedRegion"
+"""A reserved region as it may be given; see :func:`reserved_region`."""
 
 PCI_DRIVERS: dict[str, Callable[..., PciBasicDriver]] = {"pci_basic": PciBasicDriver}
 """IOMMU drivers that PCI functions can be behind, by name."""
@@ -78,7 +81,7 @@ def add_device(
     *,
     iommu: object = None,
     group: str | None = None,
-    reserved: Iterable[Any] = (),
+    reserved: Iterable[Reserved] = (),
     noiommu: bool = False,
     pasids: int = 0,
     isolated_msi: bool = True,
@@ -137,7 +140,7 @@ def layout_of(config: Mapping[str, Any], who: str) -> PciLayout:
         raise ValueError(f"{who}: {error}") from None
 
 
-def bar_of(bar: Any, who: str) -> Bar | None:
+def bar_of(bar: object, who: str) -> Bar | None:
     """A Bar from what a person writes: None, 0 or {} (no BAR), a size, or a table of its members."""
     if bar is None or isinstance(bar, Bar):
         return bar
@@ -165,7 +168,7 @@ def bar_of(bar: Any, who: str) -> Bar | None:
         raise ValueError(f"{who}: {error}") from None
 
 
-def reserved_region(region: Any, who: str) -> ReservedRegion:
+def reserved_region(region: object, who: str) -> ReservedRegion:
     """A region from ``(first, last)`` or ``(first, last, type)`` (``last`` inclusive), or a table with those keys."""
     if isinstance(region, ReservedRegion):
         return region
@@ -177,7 +180,7 @@ def reserved_region(region: Any, who: str) -> ReservedRegion:
     if not isinstance(region, (tuple, list)) or len(region) not in (2, 3):
         raise ValueError(f"{who}: a reserved region is (first, last) or (first, last, type), not {region!r}")
     first, last = region[0], region[1]
-    kind: Any = region[2] if len(region) == 3 else "reserved"
+    kind = region[2] if len(region) == 3 else "reserved"
     types = {t.value: t for t in RegionType}
     if kind not in types and not isinstance(kind, RegionType):
         raise ValueError(f"{who}: there is no region type {kind!r}; there are: {choices(types)}")

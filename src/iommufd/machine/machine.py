@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from iommufd.iommu.device import Device
     from iommufd.iommu.drivers.pci_basic import PciBasicDriver
     from iommufd.iommu.faults import PageRequest
+    from iommufd.machine.builder import Reserved
     from iommufd.machine.pci import PciBus
     from iommufd.machine.snapshot import Snapshot
     from iommufd.machine.sysfs import Tree
@@ -108,7 +109,7 @@ class Machine:
         self._tree: Tree | None = None
         self._pci: PciBus | None = None
         self.iommus: dict[str, PciBasicDriver] = {}
-        self.programs: list[Any] = []  # what popen started and nobody has seen the end of
+        self.programs: list[Any] = []  # what popen started (see there why Any) and nobody has seen the end of
         self.realm: object = None  # the interposer's: the trees of programs on this machine
         self._contexts: dict[int, Context] = {}
         self._closers: list[Callable[[], None]] = []
@@ -139,7 +140,7 @@ class Machine:
         *,
         iommu: PciBasicDriver | str | None = None,
         group: str | None = None,
-        reserved: Iterable[Any] = (),
+        reserved: Iterable[Reserved] = (),
         noiommu: bool = False,
         pasids: int = 0,
         isolated_msi: bool = True,
@@ -191,6 +192,8 @@ class Machine:
         return list(found.values())
 
     # ---- both ends of a test
+
+    # what these two return are types of a room above this one, which it must not know, not even by name: Any
 
     def popen(self, args: str | os.PathLike[str] | Sequence[str | os.PathLike[str]], **options: Any) -> Any:
         """Starts an unmodified program on this machine, supervised by this process, and returns at once.

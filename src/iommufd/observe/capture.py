@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from iommufd.errors import KernelError
 from iommufd.observe.pointers import POINTERS
 from iommufd.observe.record import Memory, NewFile, Record
+from iommufd.uapi.declare import members
 from iommufd.uapi.iommufd import iommu_ioas_map
 
 if TYPE_CHECKING:
@@ -70,6 +71,13 @@ def read_memory(task: Task, value: Struct, written: bool) -> tuple[Memory, ...]:
     except (KernelError, OSError):
         data = b""
     return (Memory(pointer.field, addr, size, bytes(data)),)
+
+
+def told_where(given: Struct, returned: Struct) -> Struct:
+    """``given``, whose pointer and size are the caller's, with the type of what the call put there."""
+    if hasattr(given, "out_data_type"):
+        members(given).out_data_type = members(returned).out_data_type
+    return given
 
 
 def huge_page_size(task: Task, value: Struct) -> int:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable
-from typing import Any
 
 from iommufd.errors import errno_name
 from iommufd.observe.pointers import POINTERS, elements
@@ -194,8 +193,10 @@ def _show_ioctl(record: Record) -> str:
 def _show_value_argument(record: Record) -> str:
     from iommufd.uapi.vfio import vfio_extension
 
-    member: Any = vfio_extension._value2member_map_.get(record.arg)
-    return f"VFIO_{member.name}" if member is not None else hex(record.arg)
+    try:
+        return f"VFIO_{vfio_extension(record.arg).name}"
+    except ValueError:
+        return hex(record.arg)
 
 
 def _show_read(record: Record) -> str:

@@ -17,11 +17,11 @@ import os
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from iommufd.engine.file import File, Pending
 from iommufd.errors import KernelError, errno_name
-from iommufd.observe.capture import read_memory
+from iommufd.observe.capture import read_memory, told_where
 from iommufd.observe.format import command_of, decoded, show_bytes, show_call, struct_of
 from iommufd.observe.pointers import POINTERS
 from iommufd.observe.record import Memory, Record
@@ -225,7 +225,6 @@ class _Replay:
     def _take_away(self, task: StandInTask, record: Record, value: Struct | None) -> None:
         """The memory whose lack explains a recorded EFAULT."""
         memory = task.caller.memory
-        any_value: Any = value
         pointer = POINTERS.get(type(value)) if value is not None else None
         known = command_of(record.number, record.kind)[1]
         if value is None or (known is not None and record.size > len(record.raw) and not record.memory):
@@ -235,7 +234,7 @@ class _Replay:
         elif isinstance(value, t.test_md_check_map):
             memory.absent.append((value.uptr, value.uptr + max(value.length, 1)))
         elif pointer is not None:
-            start, size = getattr(any_value, pointer.field), max(pointer.size(any_value), 1)
+            start, size = getattr(value, pointer.field), max(pointer.size(value), 1)
             held = next((len(m.data) for m in record.memory if m.field == pointer.field), 0)
             if held < size:
                 memory.absent.append((start + held, start + size))
@@ -327,8 +326,8 @@ class _Replay:
         given, returned = self._struct(record), self._struct_of(record, record.out)
         if given is None:
             return None
-        if hasattr(given, "out_data_type") and returned is not None:
-            given.out_data_type = returned.out_data_type  # type: ignore[attr-defined]
+        if returned is not None:
+            given = told_where(given, returned)
         with contextlib.suppress(KernelError, OSError):
             now: dict[str, Memory] = {m.field: m for m in read_memory(task, given, written=True)}
             for was in record.out_memory:

@@ -215,10 +215,7 @@ class TraceWriter(Instrument):
         if record.out:
             cls = struct_of(call.number, record.kind, record.raw)
             if cls is not None:
-                # of the pointer and the size the caller gave, and the type the call returned
-                given, returned = cls.unpack(record.raw), cls.unpack(record.out)
-                if hasattr(given, "out_data_type"):
-                    given.out_data_type = returned.out_data_type  # type: ignore[attr-defined]
+                given = capture.told_where(cls.unpack(record.raw), cls.unpack(record.out))
                 record.out_memory = capture.read_memory(call.task, given, written=True)
         self._emit(to_json(record), now)
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from iommufd.client.buffers import Scratch, too_much, where
 from iommufd.client.device import Device
@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from iommufd.client.objects import PageTable
     from iommufd.client.veventq import VEventQueue
     from iommufd.client.viommu import VIOMMU
+    from iommufd.uapi.declare import Struct
 
 APERTURE = t.MOCK_APERTURE_START
 """The lowest IOVA a mock device reaches; the highest is ``t.MOCK_APERTURE_LAST``."""
@@ -117,7 +118,7 @@ class MockDevice(Device):
         """Whether the hardware says that ``hwpt`` (None: nothing) is attached at ``pasid``."""
         return self._holds(t.test_pasid_check_hwpt(id=self.stdev, pasid=pasid, hwpt_id=hwpt.id if hwpt else 0))
 
-    def _holds(self, question: Any) -> bool:
+    def _holds(self, question: Struct) -> bool:
         try:
             self._do(question)
         except IommufdError as error:

@@ -49,7 +49,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", MARKER)
 
 
-def _options(node: pytest.Item | Any) -> dict[str, Any]:
+def _options(node: pytest.Item) -> dict[str, Any]:
     """The marker's arguments, nearest first, with the defaults. UsageError for those it does not have."""
     chosen: dict[str, Any] = {"backend": "software", "machine": "mock", "kernel": None, "leaks": True}
     for marker in reversed(list(node.iter_markers("iommufd"))):
@@ -142,7 +142,7 @@ def iommufd_context(request: pytest.FixtureRequest, iommufd_backend: str) -> Ite
     _judge(request, options, leaks)
 
 
-def _make(machine: Any, kernel: Any) -> Machine:
+def _make(machine: object, kernel: str | None) -> Machine:
     from iommufd.machine.machine import Machine
     from iommufd.machine.presets import preset
 

@@ -22,7 +22,7 @@ from iommufd.errors import errno_name
 from iommufd.testing.system import Child, System
 from iommufd.uapi import iommufd_test as t
 from iommufd.uapi.commands import COMMANDS
-from iommufd.uapi.declare import Struct
+from iommufd.uapi.declare import Struct, members
 
 if TYPE_CHECKING:
     from iommufd.client.backend import Backend
@@ -98,11 +98,11 @@ def struct_of(cmd: int, data: bytes) -> Struct | bytes:
 
 def filled(struct: S) -> S:
     """``struct`` with ``size`` (and ``op`` of a test command) filled in where the check left them zero."""
-    fields: Any = struct
-    if fields.size == 0:
-        fields.size = struct.SIZE
-    if type(struct) in _OPS and fields.op == 0:
-        fields.op = _OPS[type(struct)]
+    fill = members(struct)  # every command has a size
+    if fill.size == 0:
+        fill.size = struct.SIZE
+    if type(struct) in _OPS and fill.op == 0:
+        fill.op = _OPS[type(struct)]
     return struct
 
 
@@ -122,7 +122,7 @@ class Subject:
         self.transcript: list[list[Any]] = []
         self._named = 0
         self._own: set[int] = set()
-        self._views: list[Any] = []
+        self._views: list[memoryview] = []
         if parent is None:
             flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
             self._memory.map(ARENA, ARENA_SIZE, mmap.PROT_READ | mmap.PROT_WRITE, flags)

@@ -223,11 +223,16 @@ class Struct:
     def __eq__(self, other: object) -> bool:
         return type(other) is type(self) and self.pack() == other.pack()
 
-    __hash__ = None  # type: ignore[assignment]  # mutable
+    __hash__ = None  # type: ignore[assignment]  # mutable; so Python spells "not hashable", object's type does not
 
     def __repr__(self) -> str:
         shown = (f"{f.name}={show_value(f, getattr(self, f.name))}" for f in self.FIELDS if f.union is None)
         return f"{type(self).__name__}({', '.join(shown)})"
+
+
+def members(struct: Struct) -> Any:
+    """``struct`` itself, for access to members that its class need not have: what no type checker can follow."""
+    return struct
 
 
 _S = TypeVar("_S", bound=type[Struct])
@@ -241,7 +246,7 @@ def struct(*, since: str, size: int | None = None, c_name: str | None = None) ->
     members say. ``c_name``: C tag where it is not the class name.
     """
 
-    def make(cls: Any) -> Any:
+    def make(cls: Any) -> Any:  # a class in, another of the same name out: _S says it to callers
         first = release(since)
         fields = _lay_out(cls, first)
         align = max((f.ctype.width for f in fields), default=1)
@@ -274,6 +279,8 @@ def struct(*, since: str, size: int | None = None, c_name: str | None = None) ->
 
 
 def _same_place(name: str) -> property:
+    """A member that is another name for ``name``, of whatever type that is."""
+
     def get(self: Any) -> Any:
         return getattr(self, name)
 
@@ -403,9 +410,9 @@ def _generate(cls: type[Struct]) -> None:
         "ZERO": b"\0",
     }
     exec("\n".join(lines), scope)  # text made from our own declarations
-    cls.__init__ = scope["__init__"]  # type: ignore[method-assign]
-    cls.pack = scope["pack"]  # type: ignore[method-assign]
-    cls.unpack = classmethod(scope["unpack"])  # type: ignore[method-assign,assignment]
+    made = {"__init__": scope["__init__"], "pack": scope["pack"], "unpack": classmethod(scope["unpack"])}
+    for name, function in made.items():
+        setattr(cls, name, function)
     cls._ready = True
 
 

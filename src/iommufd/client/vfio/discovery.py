@@ -5,11 +5,13 @@ from __future__ import annotations
 import errno
 import os
 import re
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from iommufd.client.errors import IommufdError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from iommufd.client.backend import Backend
 
 _ADDRESS = re.compile(r"(?:([0-9a-fA-F]{4,8}):)?([0-9a-fA-F]{2}:[01][0-9a-fA-F]\.[0-7])")
@@ -46,7 +48,8 @@ def device_file(where: str | os.PathLike[str], backend: Backend) -> str:
 
 def _list(backend: Backend, path: str) -> list[str] | None:
     """The names in a directory of the backend's system, sorted; None when there is none."""
-    own: Any = getattr(backend, "listdir", os.listdir)  # a software machine has a /sys of its own
+    # a software machine has a /sys of its own
+    own: Callable[[str], list[str]] = getattr(backend, "listdir", os.listdir)
     try:
         return sorted(own(path))
     except OSError:
