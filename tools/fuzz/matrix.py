@@ -38,6 +38,7 @@ MATRIX: dict[str, tuple[str, ...]] = {
     "UNMAP": ("ENOENT", "EOVERFLOW", "EINVAL", "EBUSY", "EDEADLK"),
     "CHANGE_PROCESS": ("EOPNOTSUPP", "EBUSY", "EINVAL", "ENOMEM"),
     "GET_PA": ("EPERM", "EOPNOTSUPP", "EINVAL", "EOVERFLOW", "ENOENT"),
+    "GET_PA revoked": ("EINVAL",),
     "OPTION rlimit": ("EOPNOTSUPP", "EPERM", "EBUSY", "EINVAL"),
     "OPTION huge": ("EOPNOTSUPP", "ENOENT", "EINVAL", "EADDRINUSE"),
     "SET_DIRTY": ("EOPNOTSUPP", "ENOENT"),
@@ -79,7 +80,7 @@ _ROWS: dict[type[Struct], str] = {
 }
 
 
-def row_of(value: Struct) -> str | None:
+def row_of(value: Struct, word: str) -> str | None:
     """The row of core 11 that a call belongs to; None when it has none, or the dispatcher refuses its size."""
     if getattr(value, "size", 0) != value.SIZE:
         return None
@@ -87,6 +88,8 @@ def row_of(value: Struct) -> str | None:
         return "MAP" if value.flags & u.IOMMU_IOAS_MAP_FIXED_IOVA else "MAP auto"
     if isinstance(value, u.iommu_option):
         return "OPTION huge" if value.option_id == u.IOMMU_OPTION_HUGE_PAGES else "OPTION rlimit"
+    if isinstance(value, u.iommu_ioas_noiommu_get_pa) and value.length and word == "EINVAL":
+        return "GET_PA revoked"
     return _ROWS.get(type(value))
 
 
@@ -98,7 +101,7 @@ class Tally:
 
     def add(self, value: Struct, word: str) -> None:
         """One answer: an errno's name, or "ok"."""
-        row = row_of(value)
+        row = row_of(value, word)
         if row is not None:
             self.counts[row][word] += 1
 

@@ -27,6 +27,11 @@ def ordinary_user(a: Author) -> None:
     a.write(Step(LIMIT, numbers=(a.memlock,)))
 
 
+def perhaps_ordinary_user(a: Author) -> None:
+    if a.chance(0.4):
+        ordinary_user(a)
+
+
 def single_pages(a: Author) -> None:
     a.dirty = True
 
@@ -37,9 +42,7 @@ def viommu(a: Author) -> None:
     a.ask(u.iommu_viommu_alloc(type=t.IOMMU_VIOMMU_TYPE_SELFTEST, dev_id=3, hwpt_id=5))
     a.ask(u.iommu_vdevice_alloc(viommu_id=6, dev_id=3, virt_id=0x99))
     a.ask(nested(a, parent=6, length=8))
-    a.ask(
-        u.iommu_veventq_alloc(viommu_id=6, type=t.IOMMU_VEVENTQ_TYPE_SELFTEST, veventq_depth=2), out=(QUEUES[0], 24)
-    )
+    a.ask(u.iommu_veventq_alloc(viommu_id=6, type=t.IOMMU_VEVENTQ_TYPE_SELFTEST, veventq_depth=2), out=(QUEUES[0], 24))
     a.ask(t.test_mock_domain_replace(id=2, pt_id=8))
 
 
@@ -89,6 +92,28 @@ def buffers(a: Author) -> None:
     a.ask(t.test_create_access(id=1, flags=a.r.randrange(2)), out=(ACCESSES[0], 16))
     if a.chance(0.3):
         a.ask(t.test_dmabuf_revoke(revoked=a.r.choice((1, 0))), patches=((16, DMABUFS[0]),))
+
+
+def unpaid(a: Author) -> None:
+    """IOAS 5 without a domain: nobody pays for its mappings until they are copied."""
+    a.ask(u.iommu_ioas_alloc())
+    for i in range(2):
+        va = ARENA + 3 * i * PAGE
+        a.ask(u.iommu_ioas_map(flags=FIXED, ioas_id=5, user_va=va, length=2 * PAGE, iova=APERTURE + 30 * i * PAGE))
+
+
+def odd(a: Author) -> None:
+    """IOAS 5 without a domain, with areas of any alignment and of memory that is not there; little room in IOAS 1."""
+    a.ask(u.iommu_ioas_alloc())
+    for i in range(4):
+        va = a.r.choice((ARENA, ARENA, ARENA + i * PAGE, ARENA + 2048, ARENA + 1, 0, ARENA - PAGE))
+        length = a.r.choice((PAGE, PAGE, PAGE, 100, 2 * PAGE))
+        a.ask(u.iommu_ioas_map(flags=FIXED, ioas_id=5, user_va=va, length=length, iova=APERTURE + 4 * i * PAGE))
+    if a.chance(0.7):
+        allowed = a.array(struct.pack("<QQ", APERTURE + 64 * PAGE, APERTURE + 66 * PAGE - 1))
+        a.ask(u.iommu_ioas_allow_iovas(ioas_id=1, num_iovas=1, allowed_iovas=allowed))
+        for _ in range(a.r.randrange(3)):
+            a.ask(u.iommu_ioas_map(flags=RW, ioas_id=1, user_va=ARENA + 9 * PAGE, length=PAGE))
 
 
 def crowd(a: Author) -> None:
@@ -172,8 +197,14 @@ THEMES: dict[str, Theme] = {
     "access": Theme((selftest.access_pages, selftest.access_rw, selftest.access_other, ioas.unmap), access),
     "vfio": Theme((vfio.vfio,), container),
     "limited": Theme(
-        (ioas.map, selftest.access_pages, hwpt.hwpt_alloc, selftest.mock_domain, ioas.option, ioas.noiommu_pa),
-        first=ordinary_user,
+        (ioas.map, ioas.copy, selftest.access_pages, hwpt.hwpt_alloc, selftest.mock_domain, ioas.option),
+        unpaid,
+        ordinary_user,
+    ),
+    "odd": Theme(
+        (ioas.copy, ioas.option, ioas.map_file, selftest.create_access, selftest.replace),
+        odd,
+        perhaps_ordinary_user,
     ),
     "crowd": Theme((ioas.unmap, selftest.access_pages), crowd),
     "buffers": Theme(

@@ -50,14 +50,15 @@ def map_file(a: Author) -> None:
         length=a.size(),
         iova=a.iova(),
     )
-    a.ask(value, patches=((12, a.used_slot(MEMFDS, DMABUFS) if a.chance(0.3) else a.used_slot(MEMFDS)),))
+    buffers = any(slot in a.slots for slot in DMABUFS) and a.chance(0.6)
+    a.ask(value, patches=((12, a.used_slot(DMABUFS if buffers else MEMFDS)),))
 
 
 def copy(a: Author) -> None:
     src, first, length = a.mapped()
     a.ask(
         u.iommu_ioas_copy(
-            flags=a.flags(7, 8) if a.chance(0.2) else a.r.choice((6, 7, 7, 5)),
+            flags=a.flags(7, 8) if a.chance(0.2) else a.r.choice((6, 6, 7, 7, 5)),
             dst_ioas_id=a.id_of("IOAS"),
             src_ioas_id=src,
             length=a.wrong(length, 0, ULMAX),
@@ -118,9 +119,7 @@ def option(a: Author) -> None:
 
 
 def vfio_ioas(a: Author) -> None:
-    a.ask(
-        u.iommu_vfio_ioas(ioas_id=a.id_of("IOAS"), op=a.wrong(a.r.choice((0, 1, 1, 2)), 3), reserved=a.wrong(0, 1))
-    )
+    a.ask(u.iommu_vfio_ioas(ioas_id=a.id_of("IOAS"), op=a.wrong(a.r.choice((0, 1, 1, 2)), 3), reserved=a.wrong(0, 1)))
 
 
 def noiommu_pa(a: Author) -> None:
@@ -165,6 +164,6 @@ CALLS = {
     allow: 2,
     option: 3,
     vfio_ioas: 1,
-    noiommu_pa: 1,
+    noiommu_pa: 2,
     memory: 5,
 }
