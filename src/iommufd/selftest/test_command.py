@@ -62,14 +62,13 @@ class TestCommand:
 
     def handle(self, call: Call) -> int | None:
         """Runs the op; those that respond copy the whole struct back (mock-device 1)."""
-        head = call.cmd
-        assert isinstance(head, t.iommu_test_cmd)
-        op = head.op
+        cmd = call.cmd
+        assert isinstance(cmd, t.iommu_test_cmd)
+        op = cmd.op
         handler = self._ops.get(op)
-        if handler is None or call.world.kernel < t.ARMS[op].SINCE:
+        if handler is None or call.world.kernel < cmd.SINCE:
             raise KernelError(errno.EOPNOTSUPP, f"there is no test op {op}")
-        call.cmd = t.ARMS[op].unpack(call.raw)
-        result = handler(call, call.cmd)
+        result = handler(call, cmd)
         if op in t.RESPONDS and op not in _HANDLER_RESPONDS:
             call.respond()
         return result

@@ -7,6 +7,7 @@ The dispatch table, the decoder and the support page read these rows; nothing ab
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 from iommufd.uapi import iommufd as u
@@ -16,22 +17,25 @@ from iommufd.uapi.declare import Release, Struct, release
 
 class Command(NamedTuple):
     """One command: ``number`` is the full 32-bit ioctl number, ``minimum`` in bytes, ``since`` the first release that
-    has it."""
+    has it. ``arm``: which struct the caller's bytes are, where that depends on them."""
 
     name: str
     number: int
     struct: type[Struct]
     minimum: int
     since: Release
+    arm: Callable[[bytes], type[Struct]] | None = None
 
     @property
     def nr(self) -> int:
         return self.number & 0xFF
 
 
-def _command(name: str, struct: type[Struct], minimum: int, since: str) -> Command:
+def _command(
+    name: str, struct: type[Struct], minimum: int, since: str, arm: Callable[[bytes], type[Struct]] | None = None
+) -> Command:
     number = getattr(u, name) if hasattr(u, name) else getattr(t, name)
-    return Command(name, number, struct, minimum, release(since))
+    return Command(name, number, struct, minimum, release(since), arm)
 
 
 COMMANDS: tuple[Command, ...] = (
@@ -57,7 +61,7 @@ COMMANDS: tuple[Command, ...] = (
     _command("IOMMU_VEVENTQ_ALLOC", u.iommu_veventq_alloc, 28, "6.15"),
     _command("IOMMU_HW_QUEUE_ALLOC", u.iommu_hw_queue_alloc, 40, "6.17"),
     _command("IOMMU_IOAS_NOIOMMU_GET_PA", u.iommu_ioas_noiommu_get_pa, 40, "7.3"),
-    _command("IOMMU_TEST_CMD", t.iommu_test_cmd, 68, "6.2"),
+    _command("IOMMU_TEST_CMD", t.iommu_test_cmd, 68, "6.2", t.arm_of),
 )
 
 BY_NUMBER: dict[int, Command] = {command.number: command for command in COMMANDS}

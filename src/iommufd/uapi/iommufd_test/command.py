@@ -482,6 +482,12 @@ ARMS: dict[int, type[Struct]] = {
 }
 """The struct of each op."""
 
+
+def arm_of(raw: bytes | bytearray) -> type[Struct]:
+    """The struct that ``raw``, which begins as an iommu_test_cmd, is by its op; iommu_test_cmd for an unknown one."""
+    return ARMS.get(int.from_bytes(raw[4:8], "little"), iommu_test_cmd)
+
+
 RESPONDS = frozenset(
     {
         IOMMU_TEST_OP_MOCK_DOMAIN,
