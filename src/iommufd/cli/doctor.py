@@ -108,7 +108,7 @@ def seccomp() -> Iterator[Finding]:
                     given = ""
                 except (OSError, Gone) as error:
                     given = str(error) or "the caller is gone"
-            with suppress(Gone):
+            with suppress(Gone):  # killed meanwhile: there is nobody to let go
                 listener.proceed(number)
     finally:
         listener.close()
@@ -158,14 +158,14 @@ def memory_of(pid: int) -> Iterator[Finding]:
         "" if shared is not None else "containers: --cap-add=SYS_PTRACE; without it, vfork children count as processes",
     )
     scope = Path("/proc/sys/kernel/yama/ptrace_scope")
-    with suppress(OSError):
+    with suppress(OSError):  # a kernel without Yama: nothing to find
         value = scope.read_text().strip()
         fix = "" if value in "01" else "sysctl kernel.yama.ptrace_scope=1"
         yield Finding(LESS if fix else OK, "kernel.yama.ptrace_scope", value, fix)
 
 
 def _writable_mapping(pid: int) -> int | None:
-    with suppress(OSError), open(f"/proc/{pid}/maps", "rb") as maps:
+    with suppress(OSError), open(f"/proc/{pid}/maps", "rb") as maps:  # gone, or not ours to read
         for line in maps:
             if b" rw-" in line:
                 return int(line.split(b"-")[0], 16)
@@ -208,7 +208,7 @@ def _tries(path: str, request: int, argument: bytearray) -> bool:
 
 def effective_capabilities() -> int:
     """Our own effective set."""
-    with suppress(OSError), open("/proc/self/status", "rb") as status:
+    with suppress(OSError), open("/proc/self/status", "rb") as status:  # no /proc: none that we know of
         for line in status:
             if line.startswith(b"CapEff:"):
                 return int(line.split()[1], 16)
@@ -216,7 +216,7 @@ def effective_capabilities() -> int:
 
 
 def limits() -> Iterator[Finding]:
-    with suppress(OSError, ValueError):
+    with suppress(OSError, ValueError):  # no such limits here: nothing to find
         watches, instances = int(IN_WATCHES.read_text()), int(IN_INSTANCES.read_text())
         enough = watches >= 1024 and instances >= 8
         yield Finding(
@@ -247,7 +247,7 @@ def limits() -> Iterator[Finding]:
 
 
 def huge_pages() -> Iterator[Finding]:
-    with suppress(OSError):
+    with suppress(OSError):  # no /proc: nothing to find
         words = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
         total, free = int(words.get("HugePages_Total", "0")), int(words.get("HugePages_Free", "0"))
         if total:

@@ -116,7 +116,7 @@ class MmapStore:
             with mmap.mmap(self.fd, region.length, offset=region.offset) as memory:
                 memory.madvise(mmap.MADV_REMOVE)
         except OSError:  # our address space is full: the pages stay, but as zeros
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError):  # the end of an object cannot fail
                 region.write(0, bytes(region.length))
         with region.owner.context.world.lock:
             self.regions.remove(region.offset)

@@ -64,11 +64,11 @@ class Carrier:
         if mask & POLLIN:
             if self.tokens < QUEUE_TOKENS:
                 self.tokens += 1
-                with contextlib.suppress(BlockingIOError):
+                with contextlib.suppress(BlockingIOError):  # full: it is readable, which is all it says
                     os.write(self.memory, b"!")
         elif self.tokens:
             self.tokens = 0
-            with contextlib.suppress(BlockingIOError):
+            with contextlib.suppress(BlockingIOError):  # the program has read it
                 os.read(self.memory, 4 * QUEUE_TOKENS)
 
 
@@ -219,7 +219,7 @@ class Carriers:
         del self._by_watch[carrier.watch]
         del self.by_key[carrier.key]
         carrier.file.poll_changed = None
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):  # it went with the inode
             inotify_rm_watch(self.inotify, carrier.watch)
 
     def close(self) -> None:

@@ -79,7 +79,7 @@ class Children:
             if info.si_signo in ENDING:
                 ending = True
             if status is None and info.si_code != SI_KERNEL:
-                with contextlib.suppress(ProcessLookupError):
+                with contextlib.suppress(ProcessLookupError):  # it has just ended
                     os.kill(first, info.si_signo)
 
 
@@ -88,7 +88,7 @@ def descendants(roots: Iterable[int] = ()) -> list[int]:
     children: dict[int, list[int]] = {}
     for name in os.listdir("/proc"):
         if name.isdigit():
-            with contextlib.suppress(OSError, ValueError, IndexError):
+            with contextlib.suppress(OSError, ValueError, IndexError):  # it has just ended
                 with open(f"/proc/{name}/stat", "rb") as stat:
                     fields = stat.read().rpartition(b")")[2].split()
                 children.setdefault(int(fields[1]), []).append(int(name))
@@ -104,7 +104,7 @@ def signal_all(number: int) -> None:
     """Sends a signal to every descendant; a second pass catches those forked meanwhile."""
     for _ in range(2):
         for pid in descendants():
-            with contextlib.suppress(ProcessLookupError, PermissionError):
+            with contextlib.suppress(ProcessLookupError, PermissionError):  # ended, or not ours to signal
                 os.kill(pid, number)
 
 
@@ -117,7 +117,7 @@ def end_like(status: int) -> int:
     import resource
 
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    with contextlib.suppress(OSError, ValueError):
+    with contextlib.suppress(OSError, ValueError):  # SIGKILL, SIGSTOP: there is nothing to reset
         signal.signal(number, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {number})
     os.kill(os.getpid(), number)

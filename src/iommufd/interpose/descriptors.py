@@ -140,7 +140,7 @@ class Descriptors:
                 return self.listener.add_fd(task.notification, source, at, cloexec, send=True)
             except OSError as error:
                 if error.errno == errno.EBADF and at is not None:  # the limit was lowered this instant
-                    with contextlib.suppress(OSError):
+                    with contextlib.suppress(OSError):  # EMFILE, below
                         return self.listener.add_fd(task.notification, source, None, cloexec, send=True)
                 raise KernelError(errno.EMFILE, f"the program cannot take a descriptor: {error.strerror}") from None
 

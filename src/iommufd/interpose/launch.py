@@ -70,7 +70,7 @@ class Launched:
 
     def begin(self) -> None:
         """The child goes on; nobody need wait for what comes of it (:meth:`forget`)."""
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):  # it has died: what waits for it will see
             self._channel.send(b"g")
 
     def forget(self) -> None:
@@ -171,7 +171,7 @@ def _child(
             if os.getppid() != parent:
                 os._exit(EXIT_SUPERVISOR)
         if traceable:
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError):  # a kernel without Yama
                 prctl(PR_SET_PTRACER, PR_SET_PTRACER_ANY)
         prctl(PR_SET_NO_NEW_PRIVS, 1)
         step = STEP_SECCOMP
@@ -190,7 +190,7 @@ def _child(
         _execute(argv, os.environ if env is None else env)
     except OSError as error:
         channel.send(REPORT.pack(step, error.errno or 0))
-    except BaseException:
+    except BaseException:  # whatever it was, a second one of us must not run on
         channel.send(REPORT.pack(step, errno.EINVAL))
     os._exit(EXIT_SUPERVISOR)
 

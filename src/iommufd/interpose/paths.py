@@ -246,7 +246,7 @@ class Resolver:
         if text[:1] != "/" or text.endswith(" (deleted)"):
             return None
         if root:  # links tell paths from our root
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError):  # the thread has gone
                 top = os.readlink(root)
                 if text == top or text.startswith(top.rstrip("/") + "/"):
                     text = text[len(top.rstrip("/")) :] or "/"

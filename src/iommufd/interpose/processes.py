@@ -389,7 +389,7 @@ def in_initial_user_namespace(tid: int) -> bool:
 
 def random_marks(tid: int) -> bytes:
     """The 16 random bytes of the thread's present program (auxv AT_RANDOM), b"" when they cannot be read."""
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError):  # gone, or closed to us
         auxv = _read(f"/proc/{tid}/auxv")
         for at in range(0, len(auxv) - 15, 16):
             key, value = _AUXV.unpack_from(auxv, at)

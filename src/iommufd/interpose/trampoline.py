@@ -52,7 +52,7 @@ def main() -> NoReturn:
         _execute(program, argv)
     except OSError as error:
         channel.send(REPORT.pack(step, error.errno or 0))
-    except BaseException:
+    except BaseException:  # whoever waits is told, whatever went wrong
         channel.send(REPORT.pack(step, errno.EINVAL))
     os._exit(127)
 

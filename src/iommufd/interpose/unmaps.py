@@ -80,7 +80,7 @@ class Unmaps:
         dev, inode, _ = file.key
         for pid in members:
             for start, end in shared_mappings(pid, dev, inode):
-                with contextlib.suppress(OSError, KernelError):
+                with contextlib.suppress(OSError, KernelError):  # gone meanwhile, or unmapped: then it need not know
                     space = self._processes.thread(pid).group.need_space()
                     space.look(start, (end - start) // PAGE)
 
@@ -189,7 +189,7 @@ class Unmaps:
 
     def _guard(self, trap: Trap, start: int, end: int) -> None:
         """Guard regions cannot be pinned (core 5.5); where there may be some is remembered, for who looks closer."""
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):  # the caller was killed
             guards = self._processes.thread(trap.tid).group.guards
             if start < end and (start, end) not in guards:
                 guards.append((start, end))
@@ -271,7 +271,7 @@ def shared_mappings(pid: int, dev: int, inode: int) -> Ranges:
     """Where a process maps the file ``(dev, inode)`` shared."""
     found: Ranges = []
     needle = f" {os.major(dev):02x}:{os.minor(dev):02x} {inode} ".encode()
-    with contextlib.suppress(OSError), open(f"/proc/{pid}/maps", "rb") as maps:
+    with contextlib.suppress(OSError), open(f"/proc/{pid}/maps", "rb") as maps:  # gone
         for line in maps:
             if needle in line:
                 words = line.split(None, 2)

@@ -204,7 +204,7 @@ class Group:
                 log.warning("%s refuses a domain it must accept: %s", device.name, error)
                 blocking = self.blocking_domain
                 if blocking is not None and blocking is not new and isinstance(blocking, AttachesDevices):
-                    with suppress(KernelError):
+                    with suppress(KernelError):  # as little can be done about this one
                         blocking.attach_dev(device, old)
         self.domain = new
 

@@ -80,7 +80,7 @@ class Process:
 
     def memlock_limit(self) -> int | None:
         """RLIMIT_MEMLOCK in bytes, None for infinite: now, or as last seen when the process has exited."""
-        with contextlib.suppress(OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError):  # exited
             self._known = self._limit(self.tgid)
         return self._known
 

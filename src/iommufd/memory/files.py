@@ -147,7 +147,7 @@ class FileSpace:
                 return
             self.writable = fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDWR
             if not self.writable:
-                with contextlib.suppress(OSError):
+                with contextlib.suppress(OSError):  # read-only for us: the copy is, too
                     self.fd = os.open(f"/proc/self/fd/{fd}", os.O_RDWR | os.O_CLOEXEC)
                     self.writable = True
                     return

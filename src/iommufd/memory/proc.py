@@ -146,7 +146,7 @@ class ProcHost:
         try:
             self._maps = os.open(f"/proc/{pid}/maps", os.O_RDONLY | os.O_CLOEXEC)
             self._mem = os.open(f"/proc/{pid}/mem", os.O_RDWR | os.O_CLOEXEC)
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError):  # without it more is rescued, and guard regions stay unseen
                 self._pagemap = os.open(f"/proc/{pid}/pagemap", os.O_RDONLY | os.O_CLOEXEC)
         except PermissionError as error:
             self.close()
@@ -315,7 +315,7 @@ class ProcHost:
         """How many leading bytes of ``[va, va + count)`` are mapped with ``need``: for an mm whose first thread is gone
         while others live, which process_vm does not find any more."""
         at, end = va, va + count
-        with contextlib.suppress(ProcessLookupError):
+        with contextlib.suppress(ProcessLookupError):  # it ends here, then
             while at < end:
                 vma = self.query(at)
                 if vma is None or vma.start > at or not vma.flags & need:
@@ -407,7 +407,7 @@ class ProcHost:
         of the process that is the same file."""
         fd = _open_same(f"/proc/{self.pid}/map_files/{vma.start:x}-{vma.end:x}", vma)
         if fd is None:
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError):  # closed to us, or gone
                 for number in os.listdir(f"/proc/{self.pid}/fd"):
                     fd = _open_same(f"/proc/{self.pid}/fd/{number}", vma)
                     if fd is not None:
@@ -416,7 +416,7 @@ class ProcHost:
 
     def mlocked_pages(self) -> int:
         """VmLck: what the process itself has locked."""
-        with contextlib.suppress(OSError), open(f"/proc/{self.pid}/status", "rb") as status:
+        with contextlib.suppress(OSError), open(f"/proc/{self.pid}/status", "rb") as status:  # gone
             for line in status:
                 if line.startswith(b"VmLck:"):
                     return int(line.split()[1]) << 10 >> PAGE_SHIFT
@@ -440,10 +440,10 @@ class ProcHost:
 
 def _open_same(path: str, vma: Vma) -> int | None:
     """Opens ``path``, if it is the very file that ``vma`` maps."""
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError):  # not there, or closed to us
         status = os.stat(path)
         if status.st_ino == vma.ino and status.st_dev == vma.dev:
             for flags in (os.O_RDWR, os.O_RDONLY):
-                with contextlib.suppress(OSError):
+                with contextlib.suppress(OSError):  # not with these flags
                     return os.open(path, flags | os.O_CLOEXEC)
     return None

@@ -86,7 +86,7 @@ def check_backend(
             continue
         try:
             failure = play(check, Subject(backend, system()))[0]
-        except Exception as error:
+        except Exception as error:  # of any backend, which may raise what it likes
             failure = f"{type(error).__name__}: {error}"
         if failure is None:
             report.passed.append(check.name)

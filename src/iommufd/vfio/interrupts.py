@@ -45,7 +45,7 @@ class EventFd:
 
     def signal(self) -> None:
         """Adds one; nothing when nobody reads and the counter is full."""
-        with contextlib.suppress(BlockingIOError):
+        with contextlib.suppress(BlockingIOError):  # as eventfd_signal of the kernel
             os.eventfd_write(self.fd, 1)
 
     def close(self) -> None:

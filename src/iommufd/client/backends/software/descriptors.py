@@ -127,7 +127,7 @@ class Descriptors:
 def _signal(pipe: int, lock: threading.Lock, readable: bool) -> None:
     """Puts one byte into the queue's pipe, or takes it out."""
     with lock:
-        with contextlib.suppress(BlockingIOError):
+        with contextlib.suppress(BlockingIOError):  # it is empty already
             os.read(pipe, 16)
         if readable:
             os.write(pipe, b"!")
