@@ -26,7 +26,7 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, TypeAlias
 
 from iommufd.interpose.children import GRACE_SECONDS, Children, signal_all
 from iommufd.interpose.filter import compile_filter
@@ -45,6 +45,9 @@ MESSAGE = 1 << 16
 LONGEST_PATH = 107
 ASK_SECONDS = 10.0
 PTRACE_SCOPE = Path("/proc/sys/kernel/yama/ptrace_scope")
+
+Message: TypeAlias = dict[str, Any]
+"""What one end tells the other, as :mod:`json` has it; neither end believes that members are there."""
 
 _CREDENTIALS = struct.Struct("=iII")  # struct ucred: pid, uid, gid
 
@@ -74,10 +77,10 @@ class Door:
         if self._closed:
             return
         self._closed = True
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):  # somebody else has removed it
             if os.stat(self.path).st_ino == self._inode:
                 os.unlink(self.path)
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):  # nobody was connecting
             self._socket.shutdown(socket.SHUT_RDWR)  # ends accept
         self._socket.close()
 
@@ -85,7 +88,7 @@ class Door:
         """Removes the socket and takes leave of everybody who joined through it."""
         self.refuse_more()
         for connection in list(self._connections):
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError):  # the other end was faster
                 connection.shutdown(socket.SHUT_RDWR)
 
     def __enter__(self) -> Self:
@@ -113,9 +116,9 @@ class Door:
                     _send(connection, {"error": str(refused)})
                     return
                 connection.settimeout(None)
-                with contextlib.suppress(OSError):
+                with contextlib.suppress(OSError):  # it is gone already
                     _send(connection, {"machine": self.machine.name})
-                with contextlib.suppress(OSError):
+                with contextlib.suppress(OSError):  # an end all the same
                     connection.recv(1)  # until the other end is gone
                 tree.roots = ()
                 while not self._realm.closed and not tree.over.wait(0.2) and not tree.listener.over():
@@ -220,13 +223,13 @@ def _is_listener(fd: int) -> bool:
     return True
 
 
-def _send(connection: socket.socket, message: Mapping[str, Any], descriptors: Sequence[int] = ()) -> None:
+def _send(connection: socket.socket, message: Message, descriptors: Sequence[int] = ()) -> None:
     data = json.dumps(message).encode()
     rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack(f"={len(descriptors)}i", *descriptors))]
     connection.sendmsg([data], rights if descriptors else [], socket.MSG_NOSIGNAL)
 
 
-def _receive(connection: socket.socket) -> tuple[dict[str, Any], int]:
+def _receive(connection: socket.socket) -> tuple[Message, int]:
     """The message and the descriptor beside it (-1: none); what is no message is refused."""
     try:
         data, descriptors, _, _ = socket.recv_fds(connection, MESSAGE, 4)
@@ -304,7 +307,7 @@ def _connect(path: str) -> socket.socket:
 
 
 def _why_not_connected(path: str, error: OSError) -> str:
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError):  # then `error` says why
         if not stat.S_ISSOCK(os.stat(path).st_mode):
             return f"{path!r} is no socket"
     if error.errno in (errno.ENOENT, errno.ECONNREFUSED, errno.ENOTDIR):
@@ -316,7 +319,7 @@ def _why_not_connected(path: str, error: OSError) -> str:
     return f"{path!r} cannot be reached: {error.strerror}"
 
 
-def _answer(connection: socket.socket, path: str) -> dict[str, Any]:
+def _answer(connection: socket.socket, path: str) -> Message:
     connection.settimeout(2 * ASK_SECONDS)
     data = connection.recv(MESSAGE)
     connection.settimeout(None)
@@ -349,12 +352,12 @@ def _watch(connection: socket.socket, path: str, over: threading.Event) -> None:
 
 def _yama() -> int:
     """kernel.yama.ptrace_scope; 0 where there is none, or we are root."""
-    with contextlib.suppress(OSError, ValueError):
+    with contextlib.suppress(OSError, ValueError):  # a kernel without Yama
         return int(PTRACE_SCOPE.read_text()) if os.geteuid() else 0
     return 0
 
 
-def _warn_of_yama(answer: Mapping[str, Any]) -> None:
+def _warn_of_yama(answer: Message) -> None:
     """From 1 on, the machine may not look into processes that are not its descendants and did not ask for it."""
     scope = _yama()
     if scope:
@@ -368,5 +371,5 @@ def _warn_of_yama(answer: Mapping[str, Any]) -> None:
 def _say(sentence: str) -> None:
     import sys
 
-    with contextlib.suppress(OSError, ValueError):
+    with contextlib.suppress(OSError, ValueError):  # standard error may be closed
         print(f"iommufd: {sentence}", file=sys.stderr, flush=True)

@@ -10,7 +10,7 @@ import os
 import stat
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from iommufd.engine.file import File
 from iommufd.errors import KernelError
@@ -156,7 +156,7 @@ class PathCalls:
         self, trap: Trap, node: Node, flags: int, file: File | None, fd: int, error: KernelError | None, began: float
     ) -> None:
         if self._world.instruments:
-            fields: dict[str, Any] = {"path": node.path, "flags": flags, "file": file, "result": fd, "error": error}
+            fields: dict[str, object] = {"path": node.path, "flags": flags, "file": file, "result": fd, "error": error}
             us = (time.perf_counter() - began) * 1e6
             self._world.event("open", task=self._processes.thread(trap.tid).task, us=us, **fields)
 

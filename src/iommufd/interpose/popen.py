@@ -49,7 +49,7 @@ def argv_of(args: Argument | Sequence[Argument], shell: bool) -> list[Argument]:
     return argv
 
 
-class Program(subprocess.Popen[Any]):
+class Program(subprocess.Popen[Any]):  # Any: text or bytes, as the options say; which they are is subprocess's
     """One program on ``machine``. See :meth:`~iommufd.machine.machine.Machine.popen`."""
 
     def __init__(
@@ -58,7 +58,7 @@ class Program(subprocess.Popen[Any]):
         args: Argument | Sequence[Argument],
         *,
         pin_tracking: bool = True,
-        **options: Any,
+        **options: Any,  # subprocess's own
     ) -> None:
         self._tree: Supervisor | None = None
         self._seen = False
@@ -113,7 +113,7 @@ class Program(subprocess.Popen[Any]):
             raise
         tree.start()
         self._tree = tree
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):  # it has died: there will be no report
             channel.send(b"g")
         try:
             report = channel.recv(REPORT.size)
@@ -124,7 +124,7 @@ class Program(subprocess.Popen[Any]):
             raise OSError(number, os.strerror(number), program)
 
     def _abandon(self) -> None:
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):  # it has ended
             self.kill()
         for stream in (self.stdin, self.stdout, self.stderr):
             if stream is not None:

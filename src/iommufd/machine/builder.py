@@ -42,6 +42,9 @@ def choices(names: Iterable[str]) -> str:
 # ------------------------------------------------------------------------------------------------------------- IOMMUs
 
 
+# **options, **config: Any, because what they go to is chosen by name, or a dataclass's members; both are checked here
+
+
 def add_iommu(machine: Machine, driver: str = "pci_basic", name: str | None = None, **options: Any) -> PciBasicDriver:
     """One more IOMMU; see :meth:`~iommufd.machine.machine.Machine.add_iommu`."""
     make = PCI_DRIVERS.get(driver)

@@ -27,7 +27,7 @@ from __future__ import annotations
 import os
 import tomllib
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 from iommufd.machine.builder import choices
 from iommufd.machine.machine import Machine
@@ -63,13 +63,19 @@ def load(path: str | os.PathLike[str], kernel: str | tuple[int, ...] | None = No
         raise DescriptionError(f"{where}: {error}") from None
 
 
-def build(described: Mapping[str, Any], name: str, kernel: str | tuple[int, ...] | None = None) -> Machine:
+TomlValue: TypeAlias = Any
+"""Whatever a TOML file has there; :func:`_check` and the builder look before they believe."""
+
+
+def build(described: Mapping[str, TomlValue], name: str, kernel: str | tuple[int, ...] | None = None) -> Machine:
     """The machine of a parsed description; ``name`` unless it has one. ValueError, TypeError."""
     for key in described:
         if key not in _MACHINE and key not in ("iommu", "device"):
             raise ValueError(f"there is no {key!r}; a machine has: {choices([*_MACHINE, '[[iommu]]', '[[device]]'])}")
     _check(described, _MACHINE, "the machine")
-    options: dict[str, Any] = {k: described[k] for k in ("noiommu", "vfio_container", "defects") if k in described}
+    options: dict[str, TomlValue] = {
+        key: described[key] for key in ("noiommu", "vfio_container", "defects") if key in described
+    }
     release = kernel if kernel is not None else described.get("kernel")
     if release is not None:
         options["kernel"] = release
@@ -89,14 +95,14 @@ def build(described: Mapping[str, Any], name: str, kernel: str | tuple[int, ...]
     return machine
 
 
-def _tables(described: Mapping[str, Any], key: str) -> list[dict[str, Any]]:
+def _tables(described: Mapping[str, TomlValue], key: str) -> list[dict[str, TomlValue]]:
     found = described.get(key, [])
     if not isinstance(found, list) or not all(isinstance(table, dict) for table in found):
         raise ValueError(f"{key} is a table in double brackets, [[{key}]], as there can be several")
     return found
 
 
-def _check(table: Mapping[str, Any], kinds: Mapping[str, type], who: str) -> None:
+def _check(table: Mapping[str, TomlValue], kinds: Mapping[str, type], who: str) -> None:
     for key, kind in kinds.items():
         if key in table and type(table[key]) is not kind:
             raise ValueError(f"{who}: {key} is {_WORDS[kind]}, not {table[key]!r}")

@@ -122,7 +122,7 @@ class Machine:
             self.add_node(Node("/dev/vfio/vfio", stat.S_IFCHR | 0o666, (MISC_MAJOR, VFIO_MINOR), self._open_vfio))
         self._build()
 
-    # ---- building
+    # ---- building. **options and **config are Any as in :mod:`.builder`, which checks them
 
     def add_iommu(self, driver: str = "pci_basic", name: str | None = None, **options: Any) -> PciBasicDriver:
         """One more IOMMU, called ``iommu0`` and so on unless ``name`` says otherwise; give it to :meth:`add_device`.

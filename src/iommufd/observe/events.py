@@ -22,13 +22,16 @@ without having reached a file: it is explained and not traced.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeAlias
 
 from iommufd.observe.capture import Files, kind_of, outcome, who
 from iommufd.observe.record import KINDS, Record
 
+Fields: TypeAlias = dict[str, Any]
+"""What an event tells, by name: of which type, its teller says (engine/instrument.py)."""
 
-def record_event(name: str, fields: dict[str, Any], files: Files) -> Record | None:
+
+def record_event(name: str, fields: Fields, files: Files) -> Record | None:
     """The record of a call told as an event; None for events that are no calls."""
     if name not in KINDS:
         return None
@@ -45,7 +48,7 @@ def record_event(name: str, fields: dict[str, Any], files: Files) -> Record | No
     record.number = fields.get("number", 0)
     record.arg = fields.get("arg", 0)
     record.offset = fields.get("offset", 0)
-    record.raw = bytes(fields.get("raw", fields.get("data", b"")))
+    record.raw = bytes(fields["raw"] if "raw" in fields else fields.get("data", b""))
     record.size = fields.get("size", len(record.raw))
     record.out = bytes(fields.get("out", b""))
     record.us = fields.get("us")

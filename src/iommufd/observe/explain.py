@@ -43,6 +43,7 @@ class Explain(Instrument):
         capture.finish_ioctl(record, call, result, error, self._files)
         self._write(record)
 
+    # Any: what an event tells is of the types its teller says, by name
     def event(self, name: str, **fields: Any) -> None:
         error = fields.get("error")
         if error is None or self._broken:

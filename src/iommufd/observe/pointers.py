@@ -8,7 +8,7 @@ during the call. Sources: the members' meaning in the published header and the m
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 from iommufd.uapi import iommufd as u
 from iommufd.uapi import iommufd_test as t
@@ -42,6 +42,10 @@ INVALIDATE: dict[tuple[int, int], type[Struct]] = {
 }
 
 
+S: TypeAlias = Any
+"""The struct that a row of :data:`POINTERS` is of: its functions use members that other structs have not."""
+
+
 class Pointer(NamedTuple):
     """``field`` leads to ``size(s)`` bytes: read by the call (``read(s)``), written by it (``written(s)``), or both.
 
@@ -49,26 +53,26 @@ class Pointer(NamedTuple):
     array, 0 when there is a single one."""
 
     field: str
-    size: Callable[[Any], int]
-    read: Callable[[Any], bool]
-    written: Callable[[Any], bool]
-    element: Callable[[Any], type[Struct] | None]
-    stride: Callable[[Any], int]
+    size: Callable[[S], int]
+    read: Callable[[S], bool]
+    written: Callable[[S], bool]
+    element: Callable[[S], type[Struct] | None]
+    stride: Callable[[S], int]
 
 
-def _yes(s: Any) -> bool:
+def _yes(s: S) -> bool:
     return True
 
 
-def _no(s: Any) -> bool:
+def _no(s: S) -> bool:
     return False
 
 
-def _nothing(s: Any) -> None:
+def _nothing(s: S) -> None:
     return None
 
 
-def _single(s: Any) -> int:
+def _single(s: S) -> int:
     return 0
 
 
@@ -77,11 +81,11 @@ def _bits(length: int, page_size: int) -> int:
     return -(-(length // page_size) // 8) if page_size else 0
 
 
-def _ranges(s: Any) -> int:
+def _ranges(s: S) -> int:
     return int(s.num_iovas) * u.iommu_iova_range.SIZE
 
 
-def _range(s: Any) -> type[Struct]:
+def _range(s: S) -> type[Struct]:
     return u.iommu_iova_range
 
 

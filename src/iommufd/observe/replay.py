@@ -11,7 +11,6 @@ memory that the program itself wrote, unmapped or shared between processes).
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
 from collections import Counter
@@ -328,15 +327,14 @@ class _Replay:
             return None
         if returned is not None:
             given = told_where(given, returned)
-        with contextlib.suppress(KernelError, OSError):
-            now: dict[str, Memory] = {m.field: m for m in read_memory(task, given, written=True)}
-            for was in record.out_memory:
-                is_ = now.get(was.field)
-                filled = _filled(given, returned, len(was.data))
-                if is_ is not None and is_.data[:filled] != was.data[:filled]:
-                    task.caller.memory.put(was.addr, was.data)
-                    expected, found = show_bytes(was.data[:filled]), show_bytes(is_.data[:filled])
-                    return f"{was.field} leads to {found} instead of {expected}"
+        now: dict[str, Memory] = {m.field: m for m in read_memory(task, given, written=True)}
+        for was in record.out_memory:
+            is_ = now.get(was.field)
+            filled = _filled(given, returned, len(was.data))
+            if is_ is not None and is_.data[:filled] != was.data[:filled]:
+                task.caller.memory.put(was.addr, was.data)
+                expected, found = show_bytes(was.data[:filled]), show_bytes(is_.data[:filled])
+                return f"{was.field} leads to {found} instead of {expected}"
         return None
 
     def _struct_of(self, record: Record, data: bytes) -> Struct | None:

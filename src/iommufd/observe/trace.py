@@ -11,7 +11,7 @@ import json
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO, TypeAlias
 
 from iommufd.engine.instrument import Instrument
 from iommufd.errors import errno_name
@@ -34,9 +34,13 @@ class TraceError(ValueError):
     """The file is not a trace this version can read; the message says which line and why."""
 
 
-def to_json(record: Record) -> dict[str, Any]:
+Line: TypeAlias = dict[str, Any]
+"""A line of a trace as :mod:`json` has it: what its members are, the key says."""
+
+
+def to_json(record: Record) -> Line:
     """The object of one line (docs/trace.md)."""
-    line: dict[str, Any] = {"t": round(record.time, 6), "pid": record.pid, "tid": record.tid, "call": record.call}
+    line: Line = {"t": round(record.time, 6), "pid": record.pid, "tid": record.tid, "call": record.call}
     if record.file is not None:
         line["file"] = record.file
         line["kind"] = record.kind
@@ -67,7 +71,7 @@ def to_json(record: Record) -> dict[str, Any]:
     return line
 
 
-def _ioctl_to_json(record: Record, line: dict[str, Any]) -> None:
+def _ioctl_to_json(record: Record, line: Line) -> None:
     name = command_of(record.number, record.kind)[0]
     if name:
         line["cmd"] = name
@@ -94,11 +98,11 @@ def _ioctl_to_json(record: Record, line: dict[str, Any]) -> None:
         line["files"] = [f._asdict() for f in record.files]
 
 
-def _memory_to_json(memory: Memory) -> dict[str, Any]:
+def _memory_to_json(memory: Memory) -> Line:
     return {"field": memory.field, "addr": hex(memory.addr), "size": memory.size, "data": memory.data.hex()}
 
 
-def from_json(line: dict[str, Any]) -> Record:
+def from_json(line: Line) -> Record:
     """The record of one line; keys this version does not know are ignored. KeyError, TypeError or ValueError if
     unfit."""
     call = line["call"]
@@ -129,11 +133,11 @@ def from_json(line: dict[str, Any]) -> Record:
     return record
 
 
-def _memory_from_json(m: dict[str, Any]) -> Memory:
+def _memory_from_json(m: Line) -> Memory:
     return Memory(m["field"], int(m["addr"], 16), int(m["size"]), bytes.fromhex(m["data"]))
 
 
-def header(machine: str, kernel: Sequence[int], program: Sequence[str] = ()) -> dict[str, Any]:
+def header(machine: str, kernel: Sequence[int], program: Sequence[str] = ()) -> Line:
     """The first line: schema and version, the wall-clock time ``t`` counts from, machine, release shown, program."""
     from iommufd import __version__
 
@@ -148,7 +152,7 @@ def header(machine: str, kernel: Sequence[int], program: Sequence[str] = ()) -> 
     }
 
 
-def read_trace(lines: Iterable[str]) -> tuple[dict[str, Any], Iterator[Record]]:
+def read_trace(lines: Iterable[str]) -> tuple[Line, Iterator[Record]]:
     """Header and records of a trace. TraceError when it is not one, is of a newer version, or a line is broken.
 
     A last line that is cut off (the supervisor was killed) ends the trace without an error."""
@@ -183,7 +187,7 @@ class TraceWriter(Instrument):
     """Writes every call to ``stream``, which it closes at the end; complete lines reach it at least every half second
     of activity. ``dropped`` says why writing stopped early (a full disk), None as long as all is well."""
 
-    def __init__(self, stream: TextIO, head: dict[str, Any]) -> None:
+    def __init__(self, stream: TextIO, head: Line) -> None:
         self._stream = stream
         self._lock = threading.Lock()
         self._files = capture.Files()
@@ -219,6 +223,7 @@ class TraceWriter(Instrument):
                 record.out_memory = capture.read_memory(call.task, given, written=True)
         self._emit(to_json(record), now)
 
+    # Any: as in events.Fields
     def event(self, name: str, **fields: Any) -> None:
         record = record_event(name, fields, self._files)
         if record is not None:
@@ -226,7 +231,7 @@ class TraceWriter(Instrument):
             record.time = now - self._zero - (record.us or 0.0) / 1e6
             self._emit(to_json(record), now)
 
-    def _emit(self, line: dict[str, Any], now: float) -> None:
+    def _emit(self, line: Line, now: float) -> None:
         text = json.dumps(line, separators=(",", ":")) + "\n"
         with self._lock:
             if self.dropped is not None:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from iommufd.engine.context import Context
 from iommufd.engine.dispatch import FIRST_NR
@@ -79,7 +79,7 @@ def mmap(
         raise
     finally:
         us = (time.perf_counter() - began) * 1e6
-        fields: dict[str, Any] = {"offset": offset, "size": length, "prot": prot, "error": error, "us": us}
+        fields = {"offset": offset, "size": length, "prot": prot, "error": error, "us": us}
         world.event("mmap", task=task, file=file, result=None, **fields)
 
 
@@ -93,7 +93,7 @@ def _transfer(
         moved = result if error is None else count if name == "write" else 0
         data = _peek(task, addr, min(moved, MOST_MEMORY))
         us = (time.perf_counter() - began) * 1e6
-        fields: dict[str, Any] = {"arg": addr, "size": count, "data": data, "result": result, "error": error, "us": us}
+        fields = {"arg": addr, "size": count, "data": data, "result": result, "error": error, "us": us}
         world.event(name, task=task, file=file, **fields)
 
     return _told(call, tell)

@@ -22,7 +22,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Generator, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import pytest
 
@@ -49,9 +49,13 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", MARKER)
 
 
-def _options(node: pytest.Item) -> dict[str, Any]:
+_Options: TypeAlias = dict[str, Any]
+"""The marker's arguments, by name; each is looked at where it is used."""
+
+
+def _options(node: pytest.Item) -> _Options:
     """The marker's arguments, nearest first, with the defaults. UsageError for those it does not have."""
-    chosen: dict[str, Any] = {"backend": "software", "machine": "mock", "kernel": None, "leaks": True}
+    chosen: _Options = {"backend": "software", "machine": "mock", "kernel": None, "leaks": True}
     for marker in reversed(list(node.iter_markers("iommufd"))):
         unknown = [name for name in marker.kwargs if name not in chosen]
         if marker.args or unknown:
@@ -194,7 +198,7 @@ def _open_descriptors(backend: Backend, before: dict[int, str]) -> list[str]:
     ]
 
 
-def _judge(request: pytest.FixtureRequest, options: dict[str, Any], leaks: list[str]) -> None:
+def _judge(request: pytest.FixtureRequest, options: _Options, leaks: list[str]) -> None:
     """Fails the teardown of a test that passed and left something alive."""
     if leaks and options["leaks"] and request.node.stash.get(_passed, False):
         raise Leak("the test left alive:\n" + "\n".join(f"  {leak}" for leak in leaks))

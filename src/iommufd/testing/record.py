@@ -12,16 +12,16 @@ import os
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from iommufd.testing.conformance import Check, checks
-from iommufd.testing.subject import Mismatch, Subject
+from iommufd.testing.subject import Mismatch, Subject, Transcript
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
 
-def play(check: Check, subject: Subject) -> tuple[str | None, list[list[Any]]]:
+def play(check: Check, subject: Subject) -> tuple[str | None, Transcript]:
     """Runs one check; (None or what did not hold, transcript). The subject is finished afterwards."""
     try:
         check.run(subject)
@@ -34,19 +34,19 @@ def play(check: Check, subject: Subject) -> tuple[str | None, list[list[Any]]]:
     return failure, transcript
 
 
-def dump(check: Check, transcript: list[list[Any]]) -> str:
+def dump(check: Check, transcript: Transcript) -> str:
     """A transcript as the text of its file: one step a line, so that a difference is a line of a diff."""
     steps = ",\n".join("  " + json.dumps(step) for step in transcript)
     return f'{{"check": {json.dumps(check.name)}, "rows": {json.dumps(list(check.rows))}, "steps": [\n{steps}\n]}}\n'
 
 
-def load(path: Path) -> list[list[Any]]:
+def load(path: Path) -> Transcript:
     """The steps of a transcript's file."""
-    steps: list[list[Any]] = json.loads(path.read_text())["steps"]
+    steps: Transcript = json.loads(path.read_text())["steps"]
     return steps
 
 
-def difference(recorded: list[list[Any]], played: list[list[Any]]) -> str | None:
+def difference(recorded: Transcript, played: Transcript) -> str | None:
     """The first step in which two transcripts differ, as text; None when they are the same."""
     for number, (was, now) in enumerate(zip(recorded, played, strict=False)):
         if was != json.loads(json.dumps(now)):

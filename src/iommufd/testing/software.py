@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-from typing import Any
+from typing import TYPE_CHECKING, cast
 
 from iommufd.client.backends.software import SoftwareBackend
-from iommufd.client.backends.software.own_task import OwnTask, task_class
+from iommufd.client.backends.software.own_task import OwnProcess, OwnTask, task_class
 from iommufd.errors import KernelError
 from iommufd.machine.presets import preset
 from iommufd.memory.accounting import Process, shown_kb
@@ -14,6 +14,9 @@ from iommufd.memory.proc import ProcHost
 from iommufd.memory.space import AddressSpace
 from iommufd.testing.subject import Subject
 from iommufd.testing.system import Child, System
+
+if TYPE_CHECKING:
+    from iommufd.client.backend import Backend
 
 MACHINES = {"vtd": "edu", "noiommu": "edu-noiommu"}
 """What a check needs -> the machine that has it."""
@@ -41,7 +44,7 @@ class SoftwareSystem(System):
     def __init__(self, backend: SoftwareBackend) -> None:
         super().__init__()
         self.backend = backend
-        self.owner: Any = backend.owner  # OwnProcess, or ChildProcess
+        self.owner = backend.owner
 
     def before_unmap(self, start: int, end: int) -> None:
         self.owner.space.unmap(start, end)
@@ -54,6 +57,7 @@ class SoftwareSystem(System):
 
     def set_capabilities(self, effective: tuple[int, int]) -> tuple[int, int]:
         before = self.owner.pretended
+        assert before is not None  # see software_subject
         self.owner.pretended = effective[0] | effective[1] << 32
         return before & 0xFFFF_FFFF, before >> 32
 
@@ -61,20 +65,22 @@ class SoftwareSystem(System):
         space = self.owner.space
         return shown_kb(space.locked_vm), shown_kb(space.pinned_vm)
 
-    def fork(self, backend: Any) -> tuple[Any, System]:
-        return ChildTasks.of(self.backend, Child())
+    def fork(self) -> tuple[Backend, System]:
+        tasks, system = ChildTasks.of(self.backend, Child())
+        return cast("Backend", tasks), system  # ioctls are all that a check asks of a child
 
 
-class ChildProcess:
-    """What a child is to the machine: an address space of its own, the parent's user. See OwnProcess."""
+class ChildProcess(OwnProcess):
+    """What a child is to the machine: an address space of its own, the parent's user."""
 
     def __init__(self, backend: SoftwareBackend, pid: int) -> None:
+        self.pid = backend.owner.pid  # who makes the calls
         self.physical = backend.machine.world.physical
         self.host = ProcHost(pid)
         self.space = AddressSpace(self.physical, self.host, f"pid {pid}")
         self.process = Process(pid, backend.owner.process.user, self.space)
         self.initial_namespace = True
-        self.pretended: int | None = backend.owner.pretended
+        self.pretended = backend.owner.pretended
 
 
 class ChildTasks:
@@ -88,7 +94,7 @@ class ChildTasks:
 
     @classmethod
     def of(cls, backend: SoftwareBackend, child: Child) -> tuple[ChildTasks, System]:
-        owner: Any = ChildProcess(backend, child.pid)
+        owner = ChildProcess(backend, child.pid)
         return cls(backend, task_class(owner, backend.descriptors)), ChildSystem(backend, child, owner)
 
     def ioctl(self, fd: int, cmd: int, arg: int) -> int:

@@ -16,7 +16,7 @@ import os
 import resource
 import select
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 from iommufd.errors import errno_name
 from iommufd.testing.system import Child, System
@@ -26,6 +26,10 @@ from iommufd.uapi.declare import Struct, members
 
 if TYPE_CHECKING:
     from iommufd.client.backend import Backend
+
+Step: TypeAlias = list[Any]
+"""What was asked and what was said: whatever :mod:`json` can write."""
+Transcript: TypeAlias = list[Step]
 
 ARENA = 0x1000_0000_0000  # where a check's memory lives: the same address on every system
 ARENA_SIZE = 64 << 20
@@ -119,7 +123,7 @@ class Subject:
         self._children: list[Subject] = []
         self._memory = self.system.memory
         self._labels: dict[int, str] = {} if parent is None else parent._labels
-        self.transcript: list[list[Any]] = []
+        self.transcript: Transcript = []
         self._named = 0
         self._own: set[int] = set()
         self._views: list[memoryview] = []
@@ -139,7 +143,7 @@ class Subject:
         self._labels.clear()
         self._unmap(ARENA, ARENA_SIZE)
 
-    def _note(self, step: Sequence[Any], answer: Any) -> None:
+    def _note(self, step: Step, answer: object) -> None:
         if self.parent is not None:
             self.parent._note(["child", *step], answer)
             return
@@ -256,7 +260,7 @@ class Subject:
     def fork(self) -> Subject:
         """A forked process with a copy of the arena and the same descriptors; it can make ioctls and use memory."""
         self._note(["fork"], 0)
-        child = Subject(*self.system.fork(self.backend), parent=self)
+        child = Subject(*self.system.fork(), parent=self)
         self._children.append(child)
         return child
 
@@ -341,7 +345,7 @@ class Subject:
 
     # --- ioctls
 
-    def _with_labels(self, data: bytes | bytearray, offsets: Sequence[int]) -> list[Any]:
+    def _with_labels(self, data: bytes | bytearray, offsets: Sequence[int]) -> Step:
         """``data`` for the transcript: descriptors at ``offsets`` replaced by zero bytes and listed by label."""
         out, names = bytearray(data), []
         for offset in offsets:

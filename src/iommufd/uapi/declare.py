@@ -128,7 +128,7 @@ def field(
     show: str | None = None,
     direction: str | None = None,
     union: str | None = None,
-) -> Any:
+) -> Any:  # where it stands it is the value of a member of any type
     """More about one member, given as its class-level value.
 
     ``since``: release that added it, if later than the struct. ``c_name``: C name where it differs (``header.id`` for
@@ -157,7 +157,7 @@ def show_symbols(symbols: Symbols, value: int) -> str:
     return "|".join(names)
 
 
-def show_value(field: Field, value: Any) -> str:
+def show_value(field: Field, value: Any) -> str:  # what the member's C type says
     """One member's value as a person wants to read it (addresses and 64-bit values in hex, counts in decimal)."""
     if isinstance(value, bytes):
         return value.hex() if any(value) else "0"
@@ -180,10 +180,10 @@ class Struct:
     C_NAME: ClassVar[str] = ""
     FIELDS: ClassVar[tuple[Field, ...]] = ()
     FORMAT: ClassVar[str] = "<"
-    _ctypes: ClassVar[Any] = None
+    _ctypes: ClassVar[type[ctypes.Structure] | None] = None
     _ready: ClassVar[bool] = False  # its __init__, unpack and pack are generated
 
-    def __init__(self, **values: Any) -> None:
+    def __init__(self, **values: Any) -> None:  # each member's own type: see the generated one
         # The first construction of a class replaces this method by one with the fields spelled out.
         cls = type(self)
         _generate(cls)
@@ -217,8 +217,7 @@ class Struct:
         """The same layout as a ``ctypes.Structure`` (made once), for those who hand memory to C."""
         if cls._ctypes is None:
             cls._ctypes = _ctypes_type(cls)
-        made: type[ctypes.Structure] = cls._ctypes
-        return made
+        return cls._ctypes
 
     def __eq__(self, other: object) -> bool:
         return type(other) is type(self) and self.pack() == other.pack()
@@ -281,16 +280,16 @@ def struct(*, since: str, size: int | None = None, c_name: str | None = None) ->
 def _same_place(name: str) -> property:
     """A member that is another name for ``name``, of whatever type that is."""
 
-    def get(self: Any) -> Any:
+    def get(self: Struct) -> object:
         return getattr(self, name)
 
-    def put(self: Any, value: Any) -> None:
+    def put(self: Struct, value: object) -> None:
         setattr(self, name, value)
 
     return property(get, put)
 
 
-def _ctype_of(annotation: Any, module: str) -> CType:
+def _ctype_of(annotation: object, module: str) -> CType:
     if isinstance(annotation, str):
         scalar = SCALARS.get(annotation)
         if scalar is not None:
@@ -402,7 +401,7 @@ def _generate(cls: type[Struct]) -> None:
         f"    return pack_all({', '.join(values)})",
     ]
     layout = _struct.Struct(cls.FORMAT)
-    scope: dict[str, Any] = {
+    scope: dict[str, Any] = {  # exec's globals
         "new": object.__new__,
         "unpack_from": layout.unpack_from,
         "pack_all": layout.pack,
@@ -419,6 +418,7 @@ def _generate(cls: type[Struct]) -> None:
 def _ctypes_type(cls: type[Struct]) -> type[ctypes.Structure]:
     import ctypes
 
+    # Any: ctypes has no public name for the type of its simple types
     scalars: dict[str, Any] = {
         "B": ctypes.c_uint8,
         "H": ctypes.c_uint16,
@@ -427,22 +427,22 @@ def _ctypes_type(cls: type[Struct]) -> type[ctypes.Structure]:
         "i": ctypes.c_int32,
         "q": ctypes.c_int64,
     }
-    members: list[tuple[str, Any]] = []
+    fields: list[tuple[str, Any]] = []  # Any: as scalars
     at = 0
 
     def pad(to: int) -> None:
         if to > at:
-            members.append((f"_pad{at}", ctypes.c_uint8 * (to - at)))
+            fields.append((f"_pad{at}", ctypes.c_uint8 * (to - at)))
 
     for f in cls.FIELDS:
         if f.union is not None:
             continue
         pad(f.offset)
         base = scalars[f.ctype.code]
-        members.append((f.name, base if f.ctype.count is None else base * f.ctype.count))
+        fields.append((f.name, base if f.ctype.count is None else base * f.ctype.count))
         at = f.offset + f.size
     pad(cls.SIZE)
-    made = type(cls.__name__, (ctypes.Structure,), {"_pack_": 1, "_layout_": "ms", "_fields_": members})
+    made = type(cls.__name__, (ctypes.Structure,), {"_pack_": 1, "_layout_": "ms", "_fields_": fields})
     if ctypes.sizeof(made) != cls.SIZE:
         raise AssertionError(f"{cls.__name__}: {ctypes.sizeof(made)} bytes in ctypes, {cls.SIZE} declared")
     return made
