@@ -15,7 +15,22 @@ from tools.fuzz import __main__ as fuzz
 from tools.fuzz.author import Author
 from tools.fuzz.generate import begin, go_on, write
 from tools.fuzz.matrix import ELSEWHERE, MATRIX, Tally
-from tools.fuzz.program import ARENA, EXIT, FORK, IOCTL, LIMIT, MMAP, PEEK, POKE, Program, Step, answers, encode
+from tools.fuzz.program import (
+    ARENA,
+    EXIT,
+    FORK,
+    IOCTL,
+    LIMIT,
+    MMAP,
+    MPROTECT,
+    MUNMAP,
+    PEEK,
+    POKE,
+    Program,
+    Step,
+    answers,
+    encode,
+)
 from tools.fuzz.stage import play
 from tools.fuzz.themes import THEMES
 
@@ -71,6 +86,13 @@ def test_an_answer_that_cannot_be_written() -> None:
     value = u.iommu_ioas_alloc(size=12).pack()
     steps = [Step(1, 0), *(Step(IOCTL, 0, cmd=0x3B81, data=value, read_only=read_only) for read_only in (True, False))]
     assert play(Program(0, steps)) == ["0", f"E14 {value.hex()}", "0 0c0000000000000001000000"]
+
+
+def test_a_hole_cannot_be_protected() -> None:
+    steps = [Step(FORK)]
+    for second in (False, True):
+        steps += [Step(MUNMAP, numbers=(0, 1), second=second), Step(MPROTECT, numbers=(0, 2, 1), second=second)]
+    assert play(Program(0, steps)) == ["", "0", "E12", "0", "E12"]
 
 
 def test_what_a_program_is_granted() -> None:

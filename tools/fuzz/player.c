@@ -35,7 +35,8 @@
 #define NONE 255
 
 enum {
-	IOCTL, OPEN, CLOSE, READ, WRITE, POLL, POKE, PEEK, MMAP, MUNMAP, MPROTECT, MEMFD, LIMIT, FORK, EXIT, SECOND
+	IOCTL, OPEN, CLOSE, READ, WRITE, POLL, POKE, PEEK, MMAP, MUNMAP, MPROTECT, MEMFD, LIMIT, FORK, EXIT,
+	STATUS, SECOND
 };
 
 static const unsigned char *at;
@@ -227,6 +228,19 @@ static void furnish(void)
 	fresh(0, PAGES);
 }
 
+/* What the process is said to have locked and pinned, in kB. */
+static void status(void)
+{
+	FILE *file = fopen("/proc/self/status", "r");
+	char line[256];
+
+	while (file && fgets(line, sizeof(line), file))
+		if (!strncmp(line, "VmLck:", 6) || !strncmp(line, "VmPin:", 6))
+			printf("%llu ", strtoull(line + 6, NULL, 10));
+	if (file)
+		fclose(file);
+}
+
 static void step(void);
 
 /* The life of the second process: steps, by where they lie in the file, and what they answered. */
@@ -386,6 +400,9 @@ static void step(void)
 		break;
 	case EXIT:
 		end_second();
+		break;
+	case STATUS:
+		status();
 		break;
 	case SECOND:
 		length = u16();

@@ -16,9 +16,8 @@ ARENA = 0x1000_0000_0000
 PAGES = 256
 PAGE = 4096
 MAGIC = b"IOMMUFZ2"
-(IOCTL, OPEN, CLOSE, READ, WRITE, POLL, POKE, PEEK, MMAP, MUNMAP, MPROTECT, MEMFD, LIMIT, FORK, EXIT, SECOND) = range(
-    16
-)
+IOCTL, OPEN, CLOSE, READ, WRITE, POLL, POKE, PEEK, MMAP, MUNMAP, MPROTECT, MEMFD, LIMIT, FORK, EXIT, STATUS = range(16)
+SECOND = 16  # before the kind of a step that the second process takes
 NAMES = (
     "ioctl",
     "open",
@@ -35,6 +34,7 @@ NAMES = (
     "limit",
     "fork",
     "exit",
+    "status",
 )
 NEW = 255  # instead of an offset: the descriptor is the one that was not there before the call
 

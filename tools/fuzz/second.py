@@ -6,15 +6,17 @@ addresses. Its calls are made here, on its memory.
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from iommufd.client.backends.software.own_task import task_class
 from iommufd.errors import KernelError
+from iommufd.memory.accounting import shown_kb
 from iommufd.testing.software import ChildProcess
 from iommufd.testing.system import Child
-from tools.fuzz.program import ARENA, LIMIT, MMAP, MPROTECT, MUNMAP, PAGE, PEEK, POKE, Step
+from tools.fuzz.program import ARENA, LIMIT, MMAP, MPROTECT, MUNMAP, PAGE, PEEK, POKE, STATUS, Step
 
 if TYPE_CHECKING:
     from iommufd.client.backends.software import SoftwareBackend
@@ -100,11 +102,15 @@ class Second:
             limit = step.numbers[0] * PAGE
             self.owner.process.use_limit(lambda _: limit)
             return ""
+        if step.kind == STATUS:
+            space = self.owner.space
+            return f"{shown_kb(space.locked_vm)} {shown_kb(space.pinned_vm)} "
         assert step.kind in (MMAP, MUNMAP, MPROTECT), step
         first, count = step.numbers[:2]
         where, length = ARENA + first * PAGE, count * PAGE
         if step.kind == MPROTECT:
-            return str(self.protect(where, length, step.numbers[2]))
+            failed = self.protect(where, length, step.numbers[2])
+            return f"E{errno.ENOMEM}" if failed else "0"  # there is a hole, nothing else can be wrong
         self.owner.space.unmap(where, where + length)
         self._child.unmap(where, length)
         if step.kind == MUNMAP:

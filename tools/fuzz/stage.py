@@ -9,6 +9,7 @@ import select
 
 from iommufd.client.backends.software import SoftwareBackend
 from iommufd.machine.presets import preset
+from iommufd.memory.accounting import shown_kb
 from tools.fuzz.program import (
     ARENA,
     CLOSE,
@@ -28,6 +29,7 @@ from tools.fuzz.program import (
     POKE,
     POLL,
     READ,
+    STATUS,
     WRITE,
     Program,
     Step,
@@ -106,6 +108,9 @@ class Stage:
         if step.kind == EXIT:
             self._end_second()
             return ""
+        if step.kind == STATUS:
+            space = self.backend.owner.space
+            return f"{shown_kb(space.locked_vm)} {shown_kb(space.pinned_vm)} "
         if step.kind in (POKE, PEEK, LIMIT, MMAP, MUNMAP, MPROTECT):
             return self._memory(step)
         return self._descriptor(step, fd)
@@ -148,7 +153,7 @@ class Stage:
         first, count = step.numbers[:2]
         where = ARENA + first * PAGE
         if step.kind == MPROTECT:
-            return str(_libc.mprotect(where, count * PAGE, step.numbers[2]))
+            return f"E{ctypes.get_errno()}" if _libc.mprotect(where, count * PAGE, step.numbers[2]) else "0"
         self.backend.owner.space.unmap(where, where + count * PAGE)
         if step.kind == MUNMAP:
             return str(_libc.munmap(where, count * PAGE))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from iommufd.uapi import iommufd as u
 from tools.fuzz.author import Author
 from tools.fuzz.calls import ioas, selftest
-from tools.fuzz.program import EXIT, FORK, LIMIT, Step
+from tools.fuzz.program import EXIT, FORK, LIMIT, STATUS, Step
 
 
 def change_process(a: Author) -> None:
@@ -45,8 +45,14 @@ def exit_second(a: Author) -> None:
         a.write(Step(EXIT))
 
 
+def status(a: Author) -> None:
+    """What the process has locked and pinned, which is what it pays for."""
+    a.write(Step(STATUS))
+
+
 _BY_SECOND = {
     change_process: 4,
+    status: 2,
     ioas.map: 4,
     ioas.map_file: 4,
     ioas.copy: 2,
@@ -63,4 +69,4 @@ _BY_SECOND = {
     selftest.access_pages: 2,
     selftest.access_rw: 4,
 }
-CALLS = {change_process: 2, by_second: 2, exit_second: 1}
+CALLS = {change_process: 2, by_second: 2, exit_second: 1, status: 2}
