@@ -9,6 +9,7 @@ layout.
 from __future__ import annotations
 
 import ctypes
+import mmap
 from numbers import Integral
 from typing import TYPE_CHECKING, Any, Protocol, SupportsIndex, TypeAlias, TypeGuard
 
@@ -26,7 +27,7 @@ class HasArrayInterface(Protocol):
     """A NumPy array, to type checkers of Python 3.11, which cannot see that it is a buffer."""
 
     @property
-    def __array_interface__(self) -> dict[str, Any]: ...
+    def __array_interface__(self) -> dict[str, Any]: ...  # as NumPy declares it
 
 
 if TYPE_CHECKING:
@@ -111,6 +112,9 @@ def read_only(source: object) -> ValueError:
     return ValueError(f"this {type(source).__name__} is read-only: it cannot be mapped writeable")
 
 
+LARGE = 1 << 20  # bytes
+
+
 class Scratch:
     """Memory for what a struct points at: ``data`` and zeroes up to ``length``, at :attr:`address` while it lives."""
 
@@ -119,19 +123,32 @@ class Scratch:
     def __init__(self, data: bytes = b"", length: int | None = None) -> None:
         self.length = len(data) if length is None else length
         try:
-            self._memory = ctypes.create_string_buffer(data, max(self.length, 1))
-        except (MemoryError, OverflowError, ValueError):
+            self._memory: mmap.mmap | ctypes.Array[ctypes.c_char]
+            if self.length < LARGE:
+                self._memory = ctypes.create_string_buffer(data, max(self.length, 1))
+            else:  # fills with zeroes what is looked at
+                self._memory = mmap.mmap(-1, self.length)
+                self._memory[: len(data)] = data
+        except (MemoryError, OverflowError, ValueError, OSError):
             raise too_much(self.length) from None
-        self.address = ctypes.addressof(self._memory)
+        self.address = _addressof(_from_buffer(self._memory))
 
     def bytes(self, count: int | None = None) -> bytes:
         """The first ``count`` bytes as they are now."""
-        return self._memory.raw[: self.length if count is None else count]
+        return bytes(memoryview(self._memory).cast("B")[: self.length if count is None else count])
 
 
 def too_much(count: int) -> MemoryError:
     """The error for more memory than there is."""
     return MemoryError(f"{count:#x} bytes of memory are not to be had")
+
+
+def piece(data: Buffer) -> bytes:
+    """A copy of a buffer's bytes. TypeError for what is none (a number would be that many zeroes to ``bytes``)."""
+    try:
+        return bytes(memoryview(data))
+    except TypeError:
+        raise TypeError(f"data is bytes or another buffer, not {type(data).__name__}") from None
 
 
 def where(source: Buffer | HasArrayInterface) -> tuple[int, int]:

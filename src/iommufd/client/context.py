@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Self, TypeVar
 from iommufd.client.calls import filled, pack
 from iommufd.client.errors import IommufdError
 from iommufd.client.handle import Handle
-from iommufd.client.numbers import number, plural
+from iommufd.client.numbers import instance, number, plural
 from iommufd.client.objects import _age
 from iommufd.uapi import iommufd as u
 
@@ -198,6 +198,11 @@ class Context(Handle):
 
         ``context.adopt(IOAS, 1)``; for a device: ``context.adopt(Device, 3)``. Closing it here destroys it. The
         kernel is not asked; a wrong number shows at the first call."""
+        from iommufd.client.objects import Object
+
+        if not isinstance(kind, type) or not issubclass(kind, Object) or not kind._adoptable:
+            name = kind.__name__ if isinstance(kind, type) else type(kind).__name__
+            raise TypeError(f"{name} is no kind of object that a number is enough for")
         return kind(self, number(number_, "an object's number", 2**31 - 1))
 
     @property
@@ -242,7 +247,9 @@ class Context(Handle):
         if ioas is None:
             self.do(u.iommu_vfio_ioas(op=u.IOMMU_VFIO_IOAS_CLEAR))
         else:
-            self.do(u.iommu_vfio_ioas(op=u.IOMMU_VFIO_IOAS_SET, ioas_id=ioas.id))
+            from iommufd.client.ioas import IOAS
+
+            self.do(u.iommu_vfio_ioas(op=u.IOMMU_VFIO_IOAS_SET, ioas_id=instance(ioas, IOAS, "vfio_ioas").id))
 
     def change_process(self) -> None:
         """Charges this process for all pinned file memory (IOMMU_IOAS_CHANGE_PROCESS); for a process that took over.

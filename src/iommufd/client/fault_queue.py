@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from iommufd.client.numbers import number
+from iommufd.client.numbers import items, number
 from iommufd.client.queues import Queue
 from iommufd.uapi import iommufd as u
 from iommufd.uapi.iommufd import iommu_hwpt_pgfault_perm, iommufd_page_response_code
@@ -133,7 +133,7 @@ class FaultQueue(Queue[FaultGroup]):
         EINVAL for a cookie that is not waiting for an answer; those before it are answered then."""
         if isinstance(groups, FaultGroup | int):
             groups = [groups]
-        cookies = [group.cookie if isinstance(group, FaultGroup) else group for group in groups]
+        cookies = [group.cookie if isinstance(group, FaultGroup) else group for group in items(groups, "groups")]
         code = number(code, "code", 2**32 - 1)
         data = b"".join(struct.pack("<II", number(cookie, "a cookie", 2**32 - 1), code) for cookie in cookies)
         while data:  # an error after at least one answer is told as a short count: ask again to learn it

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from iommufd.client.calls import refused, show
 from iommufd.client.errors import IommufdError
+from iommufd.client.numbers import instance, number, seconds
 
 if TYPE_CHECKING:
     from iommufd.client.backend import Backend
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 FAILURES = (OSError, ValueError, RuntimeError, OverflowError)  # of a backend's call
 WAIT, WAITS = 0.001, 50  # seconds, times: how long closing waits for the calls in flight
 POLLIN, POLLOUT = 0x001, 0x004
+SSIZE_MAX = 2**63 - 1
 
 _handles: weakref.WeakSet[Handle] = weakref.WeakSet()
 
@@ -63,7 +65,11 @@ class Handle:
         try:
             return self._call(self._fd, cmd, arg)
         except FAILURES as error:
+            check_ioctl(cmd, arg)
             raise self.failure(error, cmd, arg) from None
+        except TypeError:
+            check_ioctl(cmd, arg)
+            raise
         finally:
             self._busy.pop()
             if self._owed:
@@ -72,6 +78,12 @@ class Handle:
     def ioctl_many(self, cmd: int, data: bytearray, size: int, done: list[int]) -> None:
         """One ioctl after another on the structs of ``size`` bytes in ``data``, from number ``done[0]`` on, which
         counts them; stops at the first that fails, with its error. In one go where the backend can."""
+        instance(data, bytearray, "data")
+        if number(size, "size") == 0 or len(data) % size:
+            raise ValueError(f"data of {len(data)} bytes is no number of structs of {size}")
+        if not isinstance(done, list) or len(done) != 1:
+            raise TypeError("done is a list of one number")
+        done[0] = number(done[0], "done[0]")
         many: Any = getattr(self.backend, "ioctl_many", None)
         self._busy.append(None)
         try:
@@ -93,6 +105,8 @@ class Handle:
 
     def read(self, count: int, offset: int | None = None) -> bytes:
         """read(2) or, with an ``offset``, pread(2): up to ``count`` bytes."""
+        count = number(count, "count", SSIZE_MAX)
+        offset = None if offset is None else number(offset, "offset", SSIZE_MAX)
         self._busy.append(None)
         try:
             return self.backend.read(self._fd, count, offset)
@@ -105,6 +119,8 @@ class Handle:
 
     def write(self, data: bytes, offset: int | None = None) -> int:
         """write(2) or, with an ``offset``, pwrite(2): bytes taken."""
+        instance(data, bytes, "data")
+        offset = None if offset is None else number(offset, "offset", SSIZE_MAX)
         self._busy.append(None)
         try:
             return self.backend.write(self._fd, data, offset)
@@ -117,6 +133,7 @@ class Handle:
 
     def poll(self, events: int = POLLIN, timeout: float | None = 0) -> int:
         """Which of ``events`` are ready, waiting up to ``timeout`` seconds (None: forever) for one; 0 when none is."""
+        events, timeout = number(events, "events", 0x7FFF), seconds(timeout)
         self._busy.append(None)
         try:
             return self.backend.poll(self._fd, events, timeout)
@@ -129,6 +146,7 @@ class Handle:
 
     def mmap(self, length: int, offset: int, *, writeable: bool = True) -> memoryview:
         """Maps device memory, shared. It stays, and keeps the file open, until the last view of it is gone."""
+        length, offset = number(length, "length", SSIZE_MAX), number(offset, "offset", SSIZE_MAX)
         prot = 3 if writeable else 1  # PROT_READ | PROT_WRITE
         self._busy.append(None)
         try:
@@ -194,6 +212,13 @@ class Handle:
             self._foreign = True
             self._fd = -1
             self._open.clear()
+
+
+def check_ioctl(cmd: object, arg: object) -> None:
+    """TypeError or ValueError, with a sentence, for what cannot be the arguments of an ioctl."""
+    number(cmd, "an ioctl's number", 2**32 - 1)  # type: ignore[arg-type]
+    if not isinstance(arg, bytearray | int):
+        raise TypeError(f"an ioctl's argument is a bytearray or a number, not {type(arg).__name__}")
 
 
 def _after_fork() -> None:

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Protocol
 
 from iommufd.client.buffers import Scratch
-from iommufd.client.calls import packed
+from iommufd.client.calls import pack, packed
 from iommufd.client.errors import IommufdError, invalidation_error
-from iommufd.client.numbers import U64, number
+from iommufd.client.numbers import U64, items, number
 from iommufd.uapi import iommufd as u
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ class VTDInvalidation:
 
     def pack(self) -> bytes:
         flags = u.IOMMU_VTD_INV_FLAGS_LEAF if self.leaf else 0
-        return u.iommu_hwpt_vtd_s1_invalidate(addr=self.addr, npages=self.npages, flags=flags).pack()
+        return pack(u.iommu_hwpt_vtd_s1_invalidate(addr=self.addr, npages=self.npages, flags=flags))
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +68,7 @@ class SMMUv3Invalidation:
     data_type: ClassVar[int] = u.IOMMU_VIOMMU_INVALIDATE_DATA_ARM_SMMUV3
 
     def pack(self) -> bytes:
-        return struct.pack("<QQ", self.low, self.high)
+        return struct.pack("<QQ", number(self.low, "low"), number(self.high, "high"))
 
     @classmethod
     def tlbi_nh_all(cls) -> SMMUv3Invalidation:
@@ -116,7 +116,7 @@ class SMMUv3Invalidation:
 
 def invalidate(target: Object, entries: Iterable[Entry]) -> int:
     """IOMMU_HWPT_INVALIDATE on a nested HWPT or a vIOMMU; how many entries were handled (all, or it raises)."""
-    entries = list(entries)
+    entries = items(entries, "entries")
     if not entries:
         return 0
     requests = [packed(entry, "entry of an invalidation", "data_type") for entry in entries]

@@ -31,7 +31,7 @@ from iommufd.client.mapping import (
     span,
     views_of,
 )
-from iommufd.client.numbers import U64, instance, number, part, plural, size
+from iommufd.client.numbers import U64, instance, items, number, pair, part, plural, size
 from iommufd.client.objects import PageTable
 from iommufd.uapi import iommufd as u
 
@@ -212,7 +212,7 @@ class IOAS(PageTable):
         """Maps each of ``sources`` as :meth:`map` would (``iovas[i]`` is where, if given); all of them, or none.
 
         Faster than a loop, most of all on a software machine."""
-        return map_many(self, list(sources), iovas, readable, writeable)
+        return map_many(self, items(sources, "sources"), iovas, readable, writeable)
 
     def copy_to(
         self,
@@ -354,7 +354,7 @@ class IOAS(PageTable):
 
         Replaces the list; an empty one lifts the restriction. Mappings at given IOVAs may lie elsewhere. EADDRINUSE
         when a device reserves some of them, EINVAL when two overlap or one is empty."""
-        pairs = [(number(start, "start"), number(last, "last")) for start, last in ranges]
+        pairs = [pair(each, "a range", "start", "last") for each in items(ranges, "ranges")]
         array = Scratch(b"".join(struct.pack("<QQ", *pair) for pair in pairs))
         self._do(
             u.iommu_ioas_allow_iovas(

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from iommufd.client.buffers import hold, is_number, read_only
 from iommufd.client.mapping import FIXED, MAP, MAP_STRUCT, READ, UNMAP, UNMAP_STRUCT, WRITE, Mapping
-from iommufd.client.numbers import number, plural
+from iommufd.client.numbers import items, number, plural
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -32,7 +32,7 @@ def map_many(
     writeable: bool | None,
 ) -> list[Mapping]:
     """See :meth:`IOAS.map_many`, whose work this is."""
-    if iovas is not None and len(iovas) != len(sources):
+    if iovas is not None and len(iovas := items(iovas, "iovas")) != len(sources):
         raise ValueError(f"{plural(len(sources), 'source')} and {plural(len(iovas), 'IOVA')}")
     views: list[memoryview] = []
     data = bytearray(len(sources) * MAP_SIZE)

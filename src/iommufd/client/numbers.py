@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import operator
-from typing import SupportsIndex, TypeVar
+from typing import TYPE_CHECKING, SupportsIndex, TypeVar
 
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+FOREVER = 1_000_000.0  # seconds; poll(2) counts milliseconds in an int
 U32, U64 = 2**32 - 1, 2**64 - 1
 
 T = TypeVar("T")
@@ -25,8 +29,49 @@ def number(value: SupportsIndex, what: str, most: int = U64) -> int:
 def instance(value: object, kind: type[T], what: str) -> T:
     """``value`` if it is a ``kind``; TypeError otherwise."""
     if not isinstance(value, kind):
-        raise TypeError(f"{what} is a {kind.__name__}, not {type(value).__name__}")
+        raise TypeError(f"{what} is {_a(kind.__name__)}, not {type(value).__name__}")
     return value
+
+
+def _a(noun: str) -> str:
+    if noun == "bytes":
+        return noun
+    return f"an {noun}" if noun[0] in "AEIOaeio" else f"a {noun}"
+
+
+def items(values: Iterable[T], what: str) -> list[T]:
+    """``values`` as a list; TypeError when they are none."""
+    try:
+        each = iter(values)
+    except TypeError:
+        raise TypeError(f"{what} are a list or another iterable, not {type(values).__name__}") from None
+    return list(each)
+
+
+def pair(value: tuple[int, int], what: str, first: str, second: str) -> tuple[int, int]:
+    """Two whole numbers of 64 bits, called ``first`` and ``second``; TypeError for what is no pair."""
+    try:
+        one, other = value
+    except (TypeError, ValueError):
+        raise TypeError(f"{what} is ({first}, {second}), not {value!r}") from None
+    return number(one, first), number(other, second)
+
+
+def seconds(timeout: float | None) -> float | None:
+    """A timeout: None (forever, and what is too long to be told from it), or seconds, 0 for those below.
+
+    TypeError for what is no number, ValueError for NaN."""
+    if timeout is None:
+        return None
+    try:
+        found = timeout * 1.0  # float() would take a text as well
+    except TypeError:
+        raise TypeError(f"a timeout is a number of seconds or None, not {type(timeout).__name__}") from None
+    except OverflowError:
+        return None if timeout > 0 else 0.0
+    if found != found:
+        raise ValueError(f"a timeout is a number of seconds or None, not {found}")
+    return None if found > FOREVER else max(found, 0.0)
 
 
 def size(count: int) -> str:

@@ -35,6 +35,7 @@ class Object:
     """One object of a context: numbered ``id`` there. ``parents`` are those it holds, None for one not known here."""
 
     kind: ClassVar[str] = "object"
+    _adoptable: ClassVar[bool] = True  # whether a number is all it takes to make one
 
     def __init__(self, context: Context, number: int, *parents: Object | None) -> None:
         self.context = context

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Generic, Self, TypeVar
 
 from iommufd.client.errors import IommufdError
 from iommufd.client.handle import POLLIN, Handle
+from iommufd.client.numbers import seconds
 from iommufd.client.objects import Object
 
 if TYPE_CHECKING:
@@ -29,6 +30,8 @@ MOST = 1 << 20
 
 class Queue(Object, Generic[R]):
     """A kernel object with a descriptor that records are read from."""
+
+    _adoptable = False
 
     def __init__(self, context: Context, number: int, fd: int, *parents: Object | None) -> None:
         super().__init__(context, number, *parents)
@@ -82,6 +85,7 @@ class Queue(Object, Generic[R]):
     def read(self, timeout: float | None = 0) -> list[R]:
         """Everything that waits, oldest first; waits up to ``timeout`` seconds (None: forever) for the first record."""
         found: list[R] = []
+        timeout = seconds(timeout)
         if not self._ready and timeout != 0:
             self.wait(timeout)
         while (record := self._next()) is not None:
@@ -92,6 +96,7 @@ class Queue(Object, Generic[R]):
 
     def wait(self, timeout: float | None = None) -> bool:
         """Waits up to ``timeout`` seconds (None: forever) until something can be read; whether it can."""
+        timeout = seconds(timeout)
         self._handle.fileno()  # raises when closed
         until = None if timeout is None else time.monotonic() + timeout
         with self._left:

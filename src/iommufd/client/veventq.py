@@ -27,7 +27,7 @@ SIZES = {
 
 def size_of_event(type: int, given: int | None) -> int:
     """Bytes of one event of ``type``; ValueError when neither the caller nor we know."""
-    size = SIZES.get(type) if given is None else number(given, "event_size", 1 << 20)
+    size = SIZES.get(number(type, "type", 2**32 - 1)) if given is None else number(given, "event_size", 1 << 20)
     if not size:
         raise ValueError(f"events of type {type:#x} are of no known size: give event_size")
     return size

@@ -33,7 +33,6 @@ PERMISSIONS = {"r": 1, "w": 2, "x": 4, "p": 8}
 """Letters of a page request's permission: read, write, execute, privileged."""
 
 
-
 def choices(names: Iterable[str]) -> str:
     """``a, b, c``, for the end of a sentence."""
     return ", ".join(names) or "none"
@@ -182,18 +181,22 @@ def reserved_region(region: object, who: str) -> ReservedRegion:
         region = (region.get("first"), region.get("last"), region.get("type", "reserved"))
     if not isinstance(region, (tuple, list)) or len(region) not in (2, 3):
         raise ValueError(f"{who}: a reserved region is (first, last) or (first, last, type), not {region!r}")
-    first, last = region[0], region[1]
+    first, last = _iova(region[0], who), _iova(region[1], who)
     kind = region[2] if len(region) == 3 else "reserved"
     types = {t.value: t for t in RegionType}
-    if kind not in types and not isinstance(kind, RegionType):
-        raise ValueError(f"{who}: there is no region type {kind!r}; there are: {choices(types)}")
-    for number in (first, last):
-        if isinstance(number, bool) or not isinstance(number, int) or not 0 <= number < 2**64:
-            raise ValueError(f"{who}: {number!r} is no address of a reserved region")
+    if not isinstance(kind, RegionType):
+        if not isinstance(kind, str) or kind not in types:
+            raise ValueError(f"{who}: there is no region type {kind!r}; there are: {choices(types)}")
+        kind = types[kind]
     if first > last:
         raise ValueError(f"{who}: the reserved region [{first:#x}, {last:#x}] ends before it begins")
-    chosen: RegionType = kind if isinstance(kind, RegionType) else types[kind]
-    return ReservedRegion(first, last - first + 1, chosen, prot=3 if chosen in _DIRECT else 0)
+    return ReservedRegion(first, last - first + 1, kind, prot=3 if kind in _DIRECT else 0)
+
+
+def _iova(value: object, who: str) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**64:
+        raise ValueError(f"{who}: {value!r} is no address of a reserved region")
+    return value
 
 
 _DIRECT = (RegionType.DIRECT, RegionType.DIRECT_RELAXABLE)

@@ -20,6 +20,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from iommufd.client.buffers import Scratch, too_much, where
+from iommufd.client.calls import pack
 from iommufd.client.device import Device
 from iommufd.client.errors import IommufdError
 from iommufd.client.handle import Handle
@@ -28,7 +29,8 @@ from iommufd.client.invalidation import RawEntry
 from iommufd.client.ioas import IOAS
 from iommufd.client.mapping import Mapping, span
 from iommufd.client.nesting import RawData
-from iommufd.client.numbers import number
+from iommufd.client.numbers import instance, items, number
+from iommufd.client.objects import PageTable
 from iommufd.uapi import iommufd_test as t
 from iommufd.uapi.iommufd import iommu_hwpt_pgfault_perm
 
@@ -40,7 +42,6 @@ if TYPE_CHECKING:
 
     from iommufd.client.buffers import HasArrayInterface
     from iommufd.client.context import Context
-    from iommufd.client.objects import PageTable
     from iommufd.client.veventq import VEventQueue
     from iommufd.client.viommu import VIOMMU
     from iommufd.uapi.declare import Struct
@@ -56,6 +57,8 @@ class MockDevice(Device):
 
     ``dirty``: its IOMMU can track dirty pages; ``pasid``: it has PASIDs. ``stdev`` is the number of the test object
     behind it, ``number`` that of the device."""
+
+    _adoptable = False
 
     def __init__(self, context: Context, target: PageTable, *, dirty: bool = True, pasid: bool = False) -> None:
         flags = (0 if dirty else t.MOCK_FLAGS_DEVICE_NO_DIRTY) | (t.MOCK_FLAGS_DEVICE_PASID if pasid else 0)
@@ -116,7 +119,10 @@ class MockDevice(Device):
 
     def attached_to(self, hwpt: HWPT | NestedHWPT | None, pasid: int = 0) -> bool:
         """Whether the hardware says that ``hwpt`` (None: nothing) is attached at ``pasid``."""
-        return self._holds(t.test_pasid_check_hwpt(id=self.stdev, pasid=pasid, hwpt_id=hwpt.id if hwpt else 0))
+        hwpt_id = instance(hwpt, PageTable, "hwpt").id if hwpt is not None else 0
+        return self._holds(
+            t.test_pasid_check_hwpt(id=self.stdev, pasid=number(pasid, "pasid", 2**32 - 1), hwpt_id=hwpt_id)
+        )
 
     def _holds(self, question: Struct) -> bool:
         try:
@@ -168,7 +174,8 @@ class MockAccess:
 
     def move(self, ioas: IOAS) -> None:
         """Goes over to another IOAS; all pins end."""
-        self.context.do(t.test_access_replace_ioas(id=self._handle.fileno(), ioas_id=ioas.id))
+        target = instance(ioas, IOAS, "ioas").id
+        self.context.do(t.test_access_replace_ioas(id=self._handle.fileno(), ioas_id=target))
 
     def close(self) -> None:
         """Ends the access and its pins."""
@@ -186,7 +193,7 @@ class MockAccess:
 def mark_dirty(hwpt: HWPT, iova: int | Mapping, pages: Iterable[int], *, page_size: int = 4096) -> None:
     """As if a device had written to these ``pages``, counted from ``iova``. EINVAL unless tracking is on."""
     start = iova.iova if isinstance(iova, Mapping) else number(iova, "iova")
-    chosen = sorted({number(page, "a page") for page in pages})
+    chosen = sorted({number(page, "a page") for page in items(pages, "pages")})
     if not chosen:
         return
     try:
@@ -220,26 +227,26 @@ def maps(hwpt: HWPT, mapping: Mapping, memory: Buffer | HasArrayInterface) -> bo
 
 def nested_data(iotlb: int = t.IOMMU_TEST_IOTLB_DEFAULT) -> RawData:
     """Data for a nested HWPT of mock hardware, whose four mock IOTLB words start as ``iotlb``."""
-    return RawData(t.IOMMU_HWPT_DATA_SELFTEST, t.iommu_hwpt_selftest(iotlb=iotlb).pack())
+    return RawData(t.IOMMU_HWPT_DATA_SELFTEST, pack(t.iommu_hwpt_selftest(iotlb=iotlb)))
 
 
 def huge_data() -> RawData:
     """Data for a paging HWPT with pages of 4 KiB and 1 MiB, and 256 GiB of IOVAs."""
-    return RawData(t.IOMMU_HWPT_DATA_SELFTEST, t.iommu_hwpt_selftest(pagetable_type=t.MOCK_IOMMUPT_HUGE).pack())
+    return RawData(t.IOMMU_HWPT_DATA_SELFTEST, pack(t.iommu_hwpt_selftest(pagetable_type=t.MOCK_IOMMUPT_HUGE)))
 
 
 def invalidate_iotlb(index: int, *, everything: bool = False) -> RawEntry:
     """An entry for a mock nested HWPT: drops IOTLB word ``index``, or all of them."""
     flags = t.IOMMU_TEST_INVALIDATE_FLAG_ALL if everything else 0
     entry = t.iommu_hwpt_invalidate_selftest(flags=flags, iotlb_id=index)
-    return RawEntry(t.IOMMU_HWPT_INVALIDATE_DATA_SELFTEST, entry.pack())
+    return RawEntry(t.IOMMU_HWPT_INVALIDATE_DATA_SELFTEST, pack(entry))
 
 
 def invalidate_cache(virt_id: int, index: int, *, everything: bool = False) -> RawEntry:
     """An entry for a mock vIOMMU: drops cache word ``index`` of the device known as ``virt_id``, or all of them."""
     flags = t.IOMMU_TEST_INVALIDATE_FLAG_ALL if everything else 0
     entry = t.iommu_viommu_invalidate_selftest(flags=flags, vdev_id=virt_id, cache_id=index)
-    return RawEntry(t.IOMMU_VIOMMU_INVALIDATE_DATA_SELFTEST, entry.pack())
+    return RawEntry(t.IOMMU_VIOMMU_INVALIDATE_DATA_SELFTEST, pack(entry))
 
 
 def iotlb_is(hwpt: NestedHWPT, index: int, value: int) -> bool:

@@ -120,6 +120,8 @@ def _bind(handle: Handle, context: Context, token: bytes | UUID | None) -> int:
 class VFIODevice(Device):
     """A bound VFIO device: attach it like any :class:`Device`, drive it through its regions and interrupts."""
 
+    _adoptable = False
+
     def __init__(self, context: Context, number: int, handle: Handle, path: str) -> None:
         super().__init__(context, number)
         self._handle = handle

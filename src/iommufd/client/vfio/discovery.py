@@ -23,7 +23,7 @@ def device_file(where: str | os.PathLike[str], backend: Backend) -> str:
     """The path of the device file that ``where`` means: a path, or a PCI address (``0000:01:00.0``, ``01:00.0``).
 
     IommufdError ENOENT when there is no such device, ENODEV when no VFIO driver has it; ValueError for neither form."""
-    text = os.fspath(where)
+    text = os.fsdecode(where)
     if text.startswith("/"):
         return text
     match = _ADDRESS.fullmatch(text)

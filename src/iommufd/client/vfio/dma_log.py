@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from iommufd.client.buffers import Scratch, too_much
 from iommufd.client.dirty import Bitmap
 from iommufd.client.mapping import Mapping, span
-from iommufd.client.numbers import number
+from iommufd.client.numbers import items, number, pair
 from iommufd.client.vfio import feature
 from iommufd.uapi import vfio as v
 
@@ -43,7 +43,10 @@ class DmaLog:
         ``page_size``: how finely, in bytes; a wish. The page size that the device chose. 256 ranges are always taken;
         with more a driver may refuse. EINVAL when a log is kept already, for an empty range and for overlapping
         ones."""
-        pairs = [span(each, None) if isinstance(each, Mapping) else _pair(each) for each in ranges]
+        pairs = [
+            (each.iova, each.length) if isinstance(each, Mapping) else pair(each, "a range", "iova", "length")
+            for each in items(ranges, "ranges")
+        ]
         array = Scratch(b"".join(struct.pack("<QQ", *pair) for pair in pairs))
         control = v.vfio_device_feature_dma_logging_control(
             page_size=number(page_size, "page_size"), num_ranges=len(pairs), ranges=array.address if pairs else 0
@@ -83,11 +86,3 @@ class DmaLog:
 
     def __repr__(self) -> str:
         return f"<DmaLog of {self._handle.name}>"
-
-
-def _pair(each: tuple[int, int]) -> tuple[int, int]:
-    try:
-        iova, length = each
-    except (TypeError, ValueError):
-        raise TypeError(f"a range to watch is a mapping or (iova, length), not {each!r}") from None
-    return number(iova, "iova"), number(length, "length")

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Self
 
 from iommufd.client.errors import IommufdError
-from iommufd.client.numbers import number, plural
+from iommufd.client.numbers import items, number, plural, seconds
 from iommufd.client.vfio.chain import ask
 from iommufd.uapi import vfio as v
 
@@ -51,6 +51,7 @@ class EventFd:
         """Waits up to ``timeout`` seconds (None: forever) for an interrupt; how many have come, 0 on timeout."""
         poller = select.poll()
         poller.register(self.fileno(), select.POLLIN)
+        timeout = seconds(timeout)
         poller.poll(None if timeout is None else timeout * 1000)
         return self.take()
 
@@ -117,10 +118,14 @@ class Irq:
         self.flags = v.vfio_irq_info_flags(info.flags)
 
     def enable(self, count: int | None = None) -> list[EventFd]:
-        """Lets the first ``count`` vectors (None: all) signal an eventfd each; the eventfds, in order."""
+        """Lets the first ``count`` vectors (None: all) signal an eventfd each; the eventfds, in order. EINVAL for more
+        than there are."""
+        wanted = self.count if count is None else number(count, "count")
+        if wanted > self.count:
+            raise IommufdError(errno.EINVAL, f"{plural(wanted, 'vector')} of {self!r}")
         events: list[EventFd] = []
         try:
-            events.extend(EventFd() for _ in range(self.count if count is None else number(count, "count", 1 << 16)))
+            events.extend(EventFd() for _ in range(wanted))
             self.set_eventfds(events)
         except BaseException:
             for event in events:
@@ -162,14 +167,14 @@ class Irq:
         self._set_events(v.VFIO_IRQ_SET_ACTION_UNMASK, events, start)
 
     def _set_events(self, action: int, events: Iterable[HasFileno | int | None], start: int) -> None:
-        fds = [descriptor(event) for event in events]
+        fds = [descriptor(event) for event in items(events, "events")]
         self._set(v.VFIO_IRQ_SET_DATA_EVENTFD | action, start, len(fds), struct.pack(f"<{len(fds)}i", *fds))
 
     def _act(self, action: int, start: int, count: int, only: Iterable[object] | None) -> None:
         if only is None:
             self._set(v.VFIO_IRQ_SET_DATA_NONE | action, start, count)
         else:
-            chosen = bytes(bool(each) for each in only)
+            chosen = bytes(bool(each) for each in items(only, "only"))
             self._set(v.VFIO_IRQ_SET_DATA_BOOL | action, start, len(chosen), chosen)
 
     def _set(self, flags: int, start: int, count: int, data: bytes = b"") -> None:

@@ -13,6 +13,7 @@ import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
 
+from iommufd.client.buffers import piece
 from iommufd.client.calls import fields
 from iommufd.client.handle import POLLIN, Handle
 from iommufd.client.numbers import number
@@ -66,7 +67,7 @@ class MigrationStream:
 
     def write(self, data: bytes | bytearray | memoryview) -> int:
         """Gives bytes to a device that resumes; how many it took."""
-        return self._handle.write(bytes(memoryview(data)))
+        return self._handle.write(piece(data))
 
     def wait(self, timeout: float | None = None) -> bool:
         """Waits up to ``timeout`` seconds (None: forever) until something can be read; whether it can."""

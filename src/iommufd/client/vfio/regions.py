@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 from typing import TYPE_CHECKING
 
+from iommufd.client.buffers import piece
 from iommufd.client.errors import IommufdError
 from iommufd.client.numbers import number, size
 from iommufd.client.vfio.chain import ask, chain, query
@@ -82,7 +83,7 @@ class Region:
 
     def write(self, offset: int, data: bytes | bytearray | memoryview) -> None:
         """Writes ``data`` at ``offset``; as :meth:`read`."""
-        left = bytes(data)
+        left = piece(data)
         self._inside(offset, len(left))
         while left:
             done = self._handle.write(left, self.offset + offset)
@@ -103,6 +104,7 @@ class Region:
 
         The mapping keeps the device bound until its last view is gone; a reset leaves it in place. ValueError for
         what is not within one of :attr:`areas`."""
+        offset = number(offset, "offset")
         if length is None:
             length = next((size for at, size in self.areas if at == offset), self.size - offset)
         self._inside(offset, length)

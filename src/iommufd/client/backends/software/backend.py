@@ -37,6 +37,8 @@ from iommufd.uapi.iommufd import IOMMU_IOAS_MAP
 if TYPE_CHECKING:
     from iommufd.machine.machine import Machine
 
+MOST = 1 << 26  # bytes; more than any file of a machine gives in one read
+
 _alive: weakref.WeakSet[SoftwareBackend] = weakref.WeakSet()
 
 
@@ -170,7 +172,7 @@ class SoftwareBackend:
 
     def read(self, fd: int, count: int, offset: int | None = None) -> bytes:
         file = self._file(fd)
-        buffer = bytearray(count)
+        buffer = bytearray(min(count, MOST))
         try:
             if self._instruments:
                 from iommufd.observe import watch
