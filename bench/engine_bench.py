@@ -14,9 +14,10 @@ import mmap
 import os
 import tracemalloc
 from collections.abc import Callable, Iterator
+from functools import partial
 from statistics import median
 from time import perf_counter
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 from iommufd.engine import ioas as engine_ioas
 from iommufd.engine.context import Context
@@ -32,7 +33,6 @@ from iommufd.uapi import iommufd as u
 if TYPE_CHECKING:
     from iommufd.engine.file import File
     from iommufd.engine.io_pagetable import IOPagetable
-    from iommufd.iommu.domain import PagingDomain
     from iommufd.memory.hostfile import HostFile
     from iommufd.uapi.declare import Struct
 
@@ -97,7 +97,7 @@ class Engine:
         self.call(ALLOC, u.iommu_ioas_alloc(size=12))
         self.ioas = u.iommu_ioas_alloc.unpack(self.task.struct).out_ioas_id
         if domain:
-            self.table.add_domain(cast("PagingDomain", ExtentDomain(0xFFFF_FFFF_FFFF_F000)))
+            self.table.add_domain(ExtentDomain(0xFFFF_FFFF_FFFF_F000))
 
     @property
     def table(self) -> IOPagetable:
@@ -166,11 +166,16 @@ def single(domain: bool, rounds: int) -> Iterator[Line]:
     engine.close()
 
 
+def hole(count: int, i: int) -> int:
+    """The IOVA of one of ``count`` holes, a different one each time."""
+    return BASE + ((i * 7919) % count * 2 + 1) * P
+
+
 def scale(counts: tuple[int, ...], rounds: int) -> Iterator[Line]:
     for count in counts:
         engine = Engine()
         engine.fill(count)
-        fixed = pairs(engine, rounds, lambda i, n=count: BASE + ((i * 7919) % n * 2 + 1) * P)  # type: ignore[misc]
+        fixed = pairs(engine, rounds, partial(hole, count))
         chosen = pairs(engine, rounds, lambda i: None)
         for low in range(P, BASE, 1 << 30):  # the low end is full: the search must pass all areas
             engine.map(low, min(1 << 30, BASE - low))

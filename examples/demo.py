@@ -22,7 +22,7 @@ ROOT = HERE.parent
 sys.path.insert(0, str(ROOT))
 
 from tools import kernel_tree  # noqa: E402 - a script of this repository, found by its folder
-from tools.selftest_report import collect  # noqa: E402
+from tools.selftest_report import collect  # noqa: E402 - likewise
 
 PROMISED = (
     "written by a device",  # the mapping works

@@ -119,19 +119,19 @@ def execute(
 ) -> tuple[Report, int, list[str]]:
     """Runs one program to its end; returns its report, exit code and the last lines it printed."""
     environment = dict(os.environ)
-    identity: dict[str, object] = {}
     if uid is not None:
         environment["HOME"] = str(cwd)
-        identity = {"user": uid, "group": uid, "extra_groups": ()}
     process = subprocess.Popen([str(word) for word in command], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
                                stderr=subprocess.STDOUT, text=True, errors="replace", cwd=cwd, env=environment,
-                               **identity)  # type: ignore[call-overload]
+                               user=uid, group=uid, extra_groups=None if uid is None else ())
     timer = threading.Timer(timeout, process.kill)
     timer.start()
     report, tail = Report(), []
+    output = process.stdout
+    assert output is not None
 
     def lines() -> Iterator[str]:
-        for line in process.stdout:
+        for line in output:
             tail.append(line.rstrip("\n"))
             del tail[:-20]
             yield line
@@ -252,7 +252,7 @@ def raise_memlock() -> None:
     wanted = max(PINS.values())
     soft, hard = resource.getrlimit(resource.RLIMIT_MEMLOCK)
     if soft != resource.RLIM_INFINITY and soft < wanted:
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError):  # not root: it stays as it is
             resource.setrlimit(resource.RLIMIT_MEMLOCK, (wanted, max(hard, wanted)))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -45,11 +46,7 @@ def test_releases_are_read(text: str, release: tuple[int, int]) -> None:
 
 @pytest.mark.parametrize(("release", "state"), [("5.4.0", "missing"), ("5.19.0", "less"), ("6.11.0", "ok")])
 def test_the_kernel_is_judged(monkeypatch: pytest.MonkeyPatch, release: str, state: str) -> None:
-    class Uname:
-        machine = "x86_64"
-
-    Uname.release = release  # type: ignore[attr-defined]
-    monkeypatch.setattr(os, "uname", Uname)
+    monkeypatch.setattr(os, "uname", lambda: SimpleNamespace(machine="x86_64", release=release))
     assert next(iter(doctor.kernel())).state == state
 
 

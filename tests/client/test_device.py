@@ -58,7 +58,8 @@ def test_a_failed_replace_changes_nothing(context: iommufd.Context, ioas: iommuf
     with pytest.raises(iommufd.IommufdError) as at:
         device.replace(other)
     assert at.value.errno == errno.EADDRINUSE
-    assert device.hwpt is before and not before.closed  # type: ignore[union-attr]
+    assert before is not None
+    assert device.hwpt is before and not before.closed
     assert other.devices == [] and ioas.devices == [device]
 
 
@@ -160,7 +161,7 @@ def test_only_things_of_this_context(context: iommufd.Context, ioas: iommufd.IOA
         with pytest.raises(ValueError, match="not of the same context"):
             ioas.alloc_hwpt(device, fault_queue=stranger.alloc_fault_queue())
     with pytest.raises(TypeError, match="attached to an IOAS or a HWPT, not int"):
-        device.replace(ioas.id)  # type: ignore[arg-type]
+        device.replace(ioas.id)  # type: ignore[arg-type]  # wrong on purpose
     with pytest.raises(TypeError, match="device is a Device, not IOAS"):
-        ioas.alloc_hwpt(ioas)  # type: ignore[arg-type]
+        ioas.alloc_hwpt(ioas)  # type: ignore[arg-type]  # wrong on purpose
     assert len(ioas.context.objects) == 3

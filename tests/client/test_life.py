@@ -171,7 +171,13 @@ def test_a_struct_of_any_command(context: iommufd.Context) -> None:
 # --------------------------------------------------------------------------------------------------------- two threads
 
 
-def in_threads(count: int, work: Callable[[int], None]) -> list[BaseException]:
+def calls(function: Callable[[], object]) -> Callable[[int], object]:
+    """The same for every thread."""
+    return lambda _: function()
+
+
+def in_threads(count: int, work: Callable[[int], object]) -> list[BaseException]:
+    """``count`` threads that do ``work`` at once, each with its number; what they raised."""
     errors: list[BaseException] = []
     gate = threading.Barrier(count)
 
@@ -179,7 +185,7 @@ def in_threads(count: int, work: Callable[[int], None]) -> list[BaseException]:
         gate.wait()
         try:
             work(index)
-        except BaseException as error:
+        except BaseException as error:  # the thread that asked looks at it
             errors.append(error)
 
     threads = [threading.Thread(target=run, args=(i,)) for i in range(count)]
@@ -212,7 +218,7 @@ def test_threads_map_and_unmap_in_one_address_space(ioas: iommufd.IOAS) -> None:
 def test_of_several_that_unmap_one_does(ioas: iommufd.IOAS) -> None:
     for _ in range(20):
         mapping = ioas.map(bytearray(4096))
-        errors = in_threads(4, lambda _, m=mapping: m.unmap())  # type: ignore[misc]
+        errors = in_threads(4, calls(mapping.unmap))
         assert len(errors) == 3
         assert all(isinstance(e, iommufd.IommufdError) and e.errno == errno.EBADF for e in errors), errors
     assert ioas.mappings == []
@@ -221,11 +227,11 @@ def test_of_several_that_unmap_one_does(ioas: iommufd.IOAS) -> None:
 def test_of_several_that_destroy_one_does(context: iommufd.Context) -> None:
     for _ in range(20):
         ioas = context.alloc_ioas()
-        errors = in_threads(4, lambda _, i=ioas: i.destroy())  # type: ignore[misc]
+        errors = in_threads(4, calls(ioas.destroy))
         assert len(errors) == 3
         assert all(isinstance(e, iommufd.IommufdError) and e.errno == errno.EBADF for e in errors), errors
         other = context.alloc_ioas()
-        assert in_threads(4, lambda _, i=other: i.close()) == []  # type: ignore[misc]
+        assert in_threads(4, calls(other.close)) == []
     assert context.objects == []
 
 
@@ -264,7 +270,7 @@ def child_says(work: Callable[[], str]) -> str:
             signal.alarm(20)
             try:
                 answer = work()
-            except BaseException:
+            except BaseException:  # a child of fork: whatever it was must reach the parent
                 answer = traceback.format_exc()
             os.write(writer, answer.encode()[:4000])
         finally:

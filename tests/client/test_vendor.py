@@ -56,7 +56,7 @@ def test_amd_device_table_entry() -> None:
     with pytest.raises(ValueError, match="4 or 5 levels, not 3"):
         iommufd.AMDGuest.translate(0, levels=3)
     with pytest.raises(ValueError, match="has 4 words, not 2"):
-        iommufd.AMDGuest((1, 2)).pack()  # type: ignore[arg-type]
+        iommufd.AMDGuest((1, 2)).pack()  # type: ignore[arg-type]  # wrong on purpose
 
 
 # -------------------------------------------------------------------------------------------------------- invalidations
@@ -68,21 +68,21 @@ def test_vtd_invalidation() -> None:
     assert iommufd.VTDInvalidation(0x5000, 4, leaf=True).pack() == struct.pack("<QQII", 0x5000, 4, 1, 0)
 
 
-I = iommufd.SMMUv3Invalidation  # noqa: E741
+Invalidation = iommufd.SMMUv3Invalidation
 
 
 @pytest.mark.parametrize(
     ("command", "expected"),
     [  # formats 9.2
-        (I.tlbi_nh_all(), (0x10, 0)),
-        (I.tlbi_nsnh_all(), (0x30, 0)),
-        (I.tlbi_nh_asid(0xABCD), (0x11 | 0xABCD << 48, 0)),
-        (I.tlbi_nh_va(3, 0x1234_5678, leaf=True), (0x12 | 3 << 48, 0x1234_5001)),
-        (I.tlbi_nh_vaa(0x7000), (0x13, 0x7000)),
-        (I.cfgi_cd(5, 9), (0x05 | 9 << 12 | 5 << 32, 1)),
-        (I.cfgi_cd_all(5), (0x06 | 5 << 32, 0)),
-        (I.atc_inv(5), (0x40 | 5 << 32, 52)),
-        (I.atc_inv(5, 0x8000, 2, ssid=1), (0x40 | 1 << 11 | 1 << 12 | 5 << 32, 0x8002)),
+        (Invalidation.tlbi_nh_all(), (0x10, 0)),
+        (Invalidation.tlbi_nsnh_all(), (0x30, 0)),
+        (Invalidation.tlbi_nh_asid(0xABCD), (0x11 | 0xABCD << 48, 0)),
+        (Invalidation.tlbi_nh_va(3, 0x1234_5678, leaf=True), (0x12 | 3 << 48, 0x1234_5001)),
+        (Invalidation.tlbi_nh_vaa(0x7000), (0x13, 0x7000)),
+        (Invalidation.cfgi_cd(5, 9), (0x05 | 9 << 12 | 5 << 32, 1)),
+        (Invalidation.cfgi_cd_all(5), (0x06 | 5 << 32, 0)),
+        (Invalidation.atc_inv(5), (0x40 | 5 << 32, 52)),
+        (Invalidation.atc_inv(5, 0x8000, 2, ssid=1), (0x40 | 1 << 11 | 1 << 12 | 5 << 32, 0x8002)),
     ],
 )
 def test_smmuv3_commands(command: iommufd.SMMUv3Invalidation, expected: tuple[int, int]) -> None:

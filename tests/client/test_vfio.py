@@ -70,7 +70,7 @@ def test_opening_twice(context: iommufd.Context, device: iommufd.VFIODevice) -> 
     with pytest.raises(ValueError, match="a token has 16 bytes, not 3"):
         context.open_device(FIRST, token=b"abc")
     with pytest.raises(TypeError, match="context is a Context, not IOAS"):
-        iommufd.vfio_open(FIRST, context.alloc_ioas())  # type: ignore[arg-type]
+        iommufd.vfio_open(FIRST, context.alloc_ioas())  # type: ignore[arg-type]  # wrong on purpose
     device.close()
     assert context.open_device(ALONE).id
 
@@ -298,7 +298,7 @@ class Chains:
 
 
 def test_capabilities() -> None:
-    with iommufd.open(backend=Chains()) as context:  # type: ignore[arg-type]
+    with iommufd.open(backend=Chains()) as context:  # type: ignore[arg-type]  # a backend as far as it gets
         device = context.open_device("/dev/vfio/devices/vfio0")
         region = device.region(0)
         assert region.type == (0x8000_1234, 3) and region.msix_mappable

@@ -202,7 +202,7 @@ def test_a_log_is_started_with_its_ranges(device: iommufd.VFIODevice, backend: R
     assert backend.last == struct.pack("<I", SET | 7)
     for ranges, error in (([5], TypeError), ([(1, 2, 3)], TypeError), ([(-1, 1)], ValueError), ([("a", 1)], TypeError)):
         with pytest.raises(error, match=r"range to watch|iova"):
-            device.dma_log.start(ranges)  # type: ignore[arg-type]
+            device.dma_log.start(ranges)  # type: ignore[arg-type]  # wrong on purpose
 
 
 def test_a_log_is_read_as_pages(device: iommufd.VFIODevice, backend: Recording) -> None:
@@ -242,7 +242,7 @@ def test_low_power(device: iommufd.VFIODevice, backend: Recording) -> None:
     device.low_power_exit()
     assert backend.last == struct.pack("<I", SET | 5)
     with pytest.raises(TypeError, match="wakeup is an EventFd or a descriptor, not str"):
-        device.low_power_entry("now")  # type: ignore[arg-type]
+        device.low_power_entry("now")  # type: ignore[arg-type]  # wrong on purpose
 
 
 def test_a_vf_token(device: iommufd.VFIODevice, backend: Recording) -> None:
@@ -253,7 +253,7 @@ def test_a_vf_token(device: iommufd.VFIODevice, backend: Recording) -> None:
     with pytest.raises(ValueError, match="a token has 16 bytes, not 3"):
         device.set_vf_token(b"abc")
     with pytest.raises(TypeError, match="a token is 16 bytes or a UUID, not str"):
-        device.set_vf_token(str(TOKEN))  # type: ignore[arg-type]
+        device.set_vf_token(str(TOKEN))  # type: ignore[arg-type]  # wrong on purpose
 
 
 def test_a_dmabuf_of_a_region(device: iommufd.VFIODevice, backend: Recording) -> None:
@@ -293,10 +293,10 @@ def test_features_by_number(device: iommufd.VFIODevice, backend: Recording) -> N
         with pytest.raises(ValueError, match=r"flags|feature|device_state"):
             call()
     for wrong in (
-        lambda: device.feature(GET, "text"),  # type: ignore[arg-type]
-        lambda: device.has_feature("MIGRATION"),  # type: ignore[arg-type]
-        lambda: device.get_feature(1, b""),  # type: ignore[type-var]
-        lambda: device.set_feature(1, 5),  # type: ignore[arg-type]
+        lambda: device.feature(GET, "text"),  # type: ignore[arg-type]  # wrong on purpose
+        lambda: device.has_feature("MIGRATION"),  # type: ignore[arg-type]  # wrong on purpose
+        lambda: device.get_feature(1, b""),  # type: ignore[type-var]  # wrong on purpose
+        lambda: device.set_feature(1, 5),  # type: ignore[arg-type]  # wrong on purpose
     ):
         with pytest.raises(TypeError, match=r"payload|feature"):
             wrong()
@@ -345,7 +345,7 @@ def test_what_is_done_to_interrupts(device: iommufd.VFIODevice, backend: Recordi
     with pytest.raises(ValueError, match="an eventfd -2"):
         irq.set_eventfds([-2])
     with pytest.raises(TypeError, match="an eventfd is an EventFd or a descriptor, not str"):
-        irq.mask_on(["no"])  # type: ignore[list-item]
+        irq.mask_on(["no"])  # type: ignore[list-item]  # wrong on purpose
 
 
 def test_enabling_that_fails_leaves_no_eventfds(device: iommufd.VFIODevice, backend: Recording) -> None:

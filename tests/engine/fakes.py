@@ -16,11 +16,14 @@ import pytest
 
 from iommufd.engine import change_process, ioas, noiommu_pa, options
 from iommufd.engine.access import Access, AccessOps
+from iommufd.engine.area import Area
 from iommufd.engine.context import Context
 from iommufd.engine.dispatch import build_table
 from iommufd.engine.dmabuf import DmaBufFile
 from iommufd.engine.file import File, Pending
+from iommufd.engine.io_pagetable import IOPagetable
 from iommufd.engine.ioas import IOAS
+from iommufd.engine.pages import Pages
 from iommufd.engine.world import World
 from iommufd.errors import KernelError
 from iommufd.iommu.extent_domain import ExtentDomain
@@ -304,11 +307,28 @@ class Caller:
     def ioas(self) -> int:
         return self.do(u.iommu_ioas_alloc()).out_ioas_id
 
-    def table(self, ioas_id: int) -> Any:
+    def table(self, ioas_id: int) -> IOPagetable:
         """The IOPagetable of an IOAS, to look inside."""
         found = self.context.objects.get(ioas_id, IOAS)
         self.context.objects.put(found)
-        return found.io_pagetable  # type: ignore[attr-defined]
+        assert isinstance(found, IOAS)
+        return found.io_pagetable
+
+    def area(self, ioas_id: int, iova: int) -> Area:
+        """The area at ``iova``."""
+        found = self.table(ioas_id).areas.find(iova)
+        assert found is not None
+        return found[2]
+
+    def pages_at(self, ioas_id: int, iova: int) -> Pages:
+        """The pages object behind the area at ``iova``."""
+        pages = self.area(ioas_id, iova).pages
+        assert pages is not None
+        return pages
+
+    def domains(self, ioas_id: int) -> list[ExtentDomain]:
+        """What the IOAS is mapped in; in these tests page tables of extents."""
+        return domains_of(self.table(ioas_id))
 
     def map(
         self, ioas_id: int, iova: int | None, length: int, va: int = BUFFER, flags: int | None = None, **more: Any
@@ -423,6 +443,12 @@ class TestDmaBuf(DmaBufFile):
         self.chunk.drop()
 
 
+def domains_of(table: IOPagetable) -> list[ExtentDomain]:
+    domains = [domain for domain in table.domains if isinstance(domain, ExtentDomain)]
+    assert len(domains) == len(table.domains)
+    return domains
+
+
 class Background:
     """Runs ``work`` on another thread; :meth:`result` waits for it and re-raises what it raised."""
 
@@ -436,7 +462,7 @@ class Background:
     def _run(self) -> None:
         try:
             self._value = self._work()
-        except BaseException as error:
+        except BaseException as error:  # result() raises it
             self._error = error
 
     @property

@@ -13,6 +13,7 @@ from iommufd.engine import device as engine_device
 from iommufd.engine import fault, hw_queue, hwpt_alloc, invalidate, ioas, vdevice, veventq, viommu
 from iommufd.engine.context import Context
 from iommufd.engine.dispatch import build_table
+from iommufd.engine.viommu import Viommu
 from iommufd.engine.world import World
 from iommufd.errors import KernelError
 from iommufd.iommu.device import Device
@@ -28,7 +29,6 @@ from tests.engine.flat_task import BASE, FlatTask, as_task, expect
 
 if TYPE_CHECKING:
     from iommufd.engine.object import Object
-    from iommufd.engine.viommu import Viommu
     from iommufd.iommu.user_data import UserArray, UserData
     from iommufd.iommu.viommu import DriverHwQueue, DriverVdevice, DriverViommu
 
@@ -37,6 +37,8 @@ NUMBERS = {command.struct: command.number for command in COMMANDS}
 KINDS = (ioas, hwpt_alloc, fault, viommu, vdevice, veventq, hw_queue, invalidate)
 
 S = TypeVar("S", bound=Struct)
+
+K = TypeVar("K", bound="Object")
 
 
 class Log:
@@ -244,6 +246,12 @@ class Rig:
         self.context.objects.put(obj)
         return obj
 
+    def find(self, number: int, kind: type[K]) -> K:
+        """The object, which is of that kind."""
+        found = self.object(number)
+        assert isinstance(found, kind)
+        return found
+
     def hwpt(self, flags: int = 0, pt: int = 0, **fields: int) -> int:
         return self.do(u.iommu_hwpt_alloc(flags=flags, dev_id=self.dev, pt_id=pt or self.ioas, **fields)).out_hwpt_id
 
@@ -254,4 +262,4 @@ class Rig:
         return self.do(u.iommu_viommu_alloc(type=VIOMMU_TYPE, dev_id=self.dev, hwpt_id=self.parent)).out_viommu_id
 
     def viommu_object(self, number: int) -> Viommu:
-        return cast("Viommu", self.object(number))
+        return self.find(number, Viommu)

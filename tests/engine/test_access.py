@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 
@@ -400,7 +401,7 @@ class TestCopy:
         for task, flags in ((other, 0), (None, 0), (other, ACCESS_RW_KTHREAD)):
             assert access.read(task, 0x1001, 3, flags) == b"\1\2\3"
             assert len(access.read(task, 0x1001, P, flags)) == P
-            fails(errno.EFAULT, lambda task=task, flags=flags: access.read(task, 0x3000, 1, flags))  # type: ignore[misc]
+            fails(errno.EFAULT, partial(access.read, task, 0x3000, 1, flags))
 
     def test_file_is_always_the_slow_path(self, c: Caller) -> None:  # devices-8.7-copy-3
         fd = os.memfd_create("test")

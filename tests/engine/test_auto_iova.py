@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+from typing import TypedDict
 
 import pytest
 from hypothesis import given
@@ -19,6 +20,13 @@ def index(areas: list[Range]) -> IntervalIndex[None]:
     for first, last in areas:
         made.insert(first, last, None)
     return made
+
+
+class More(TypedDict, total=False):
+    alignment: int
+    areas: list[Range]
+    reserved: list[Range]
+    allowed: list[Range]
 
 
 def chosen(
@@ -59,8 +67,8 @@ MOCK = [(0, 0xFFFFFF), (0x80000000, ULMAX)]
         (0x7F0000001000, 0x1000, {"allowed": [(0x10000, 0x10FFE)]}, "ENOSPC"),
     ],
 )
-def test_worked_values(addr: int, length: int, more: dict[str, object], iova: int | str) -> None:
-    assert chosen(addr, length, **more) == iova  # type: ignore[arg-type]
+def test_worked_values(addr: int, length: int, more: More, iova: int | str) -> None:
+    assert chosen(addr, length, **more) == iova
 
 
 @pytest.mark.parametrize(("length", "iova"), [(0, "EOVERFLOW"), (2**63 - 1, "EOVERFLOW"), (2**63 - 2, 0x200000)])

@@ -7,6 +7,7 @@ import random
 import threading
 import time
 from collections.abc import Iterator
+from functools import partial
 
 import pytest
 
@@ -205,8 +206,8 @@ class TestDomains:
                 if i % 3 == 0:
                     caller.unmap(ioas, base + i * P, P)
 
-        jobs = [Background(lambda a=a, n=n: maps(a, (n + 1) << 20)) for n, a in enumerate(callers)]  # type: ignore[misc]
-        jobs += [Background(lambda d=d: c.table(ioas).add_domain(d)) for d in domains]  # type: ignore[misc]
+        jobs = [Background(partial(maps, caller, (n + 1) << 20)) for n, caller in enumerate(callers)]
+        jobs += [Background(partial(c.table(ioas).add_domain, domain)) for domain in domains]
         for job in jobs:
             job.result()
         for first, _ in c.areas(ioas):
@@ -357,7 +358,7 @@ class TestSharedPages:
                 caller.unmap(b, iova, count * P)
 
         c.add_domain(b)
-        for job in [Background(lambda x=x, n=n: work(x, n)) for n, x in enumerate(callers)]:  # type: ignore[misc]
+        for job in [Background(partial(work, caller, n)) for n, caller in enumerate(callers)]:
             job.result(30)
         c.unmap(a, 0, ULMAX)
         c.quiet()
@@ -454,7 +455,7 @@ def test_stress(c: Caller, switchy: None) -> None:
                     raise
         access.destroy_access()
 
-    for job in [Background(lambda n=n: act(n)) for n in range(4)]:  # type: ignore[misc]
+    for job in [Background(partial(act, n)) for n in range(4)]:
         job.result(30)
     c.unmap(ioas, 0, ULMAX)
     c.do(u.iommu_destroy(id=ioas))

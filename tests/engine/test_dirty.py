@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-from typing import cast
 
 import pytest
 
@@ -27,7 +26,9 @@ class Rig(Bench):
         super().__init__()
         self.idev, self.io = self.bound(), self.ioas()
         self.number = self.hwpt(self.idev, self.io, DIRTY)
-        self.domain = cast("ExtentDomain", self.paging(self.number).domain)
+        domain = self.paging(self.number).domain
+        assert isinstance(domain, ExtentDomain)
+        self.domain = domain
         self.map(self.io, IOVA, 8 * PAGE)
         self.map(self.io, IOVA + 8 * PAGE, 8 * PAGE, va=BUFFER + 8 * PAGE)
         self.map(self.io, IOVA + 20 * PAGE, PAGE, va=BUFFER + 20 * PAGE)

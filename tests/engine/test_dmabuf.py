@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 
@@ -178,13 +179,13 @@ class TestRevocation:
             ioas = c.ioas()
             c.do(map_file(ioas, 16 * P, iova=0x10000))
             jobs: list[Callable[[], object]] = [
-                lambda ioas=ioas: c.add_domain(ioas),  # type: ignore[misc]
-                lambda ioas=ioas: c.table(ioas).pieces_of(0x10000, 0x1FFFF),  # type: ignore[misc]
-                lambda: buffer.revoke(),
+                partial(c.add_domain, ioas),
+                partial(c.table(ioas).pieces_of, 0x10000, 0x1FFFF),
+                buffer.revoke,
             ]
             for job in [Background(j) for j in jobs]:
                 job.result()
-            for domain in c.table(ioas).domains:
+            for domain in c.domains(ioas):
                 assert frames_of(domain, 0x10000, 16 * P) == [0] * 16
 
 

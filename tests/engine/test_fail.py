@@ -11,24 +11,24 @@ from typing import TYPE_CHECKING, cast
 import pytest
 
 from iommufd.engine.fail import FaultAttr, Injector, Rule, RuleError, fail_nth, fail_rule, parse_rule, sweep
+from iommufd.engine.world import World
 from iommufd.errors import KernelError
 
 if TYPE_CHECKING:
     from iommufd.engine.task import Task
-    from iommufd.engine.world import World
 
 ME = threading.get_native_id
 
 
 def _task(tid: int) -> Task:
-    return cast("Task", SimpleNamespace(tid=tid))
+    return cast("Task", SimpleNamespace(tid=tid))  # all that an injector looks at
 
 
 @pytest.fixture
 def world() -> World:
-    made = SimpleNamespace(fail=None, fail_call=None)
-    made.injector = Injector(cast("World", made))
-    return cast("World", made)
+    made = World()
+    made.injector = Injector(made)
+    return made
 
 
 def _asks(world: World, task: Task, count: int, point: str = "pin") -> str:

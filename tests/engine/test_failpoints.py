@@ -12,7 +12,7 @@ from iommufd.engine import failpoints, unmap
 from iommufd.engine.fail import POINTS, fail_nth, fail_rule
 from iommufd.errors import KernelError
 from iommufd.uapi import iommufd as u
-from tests.engine.fakes import ARRAY, BUFFER, ULMAX, Caller, copy_struct, map_struct
+from tests.engine.fakes import ARRAY, BUFFER, ULMAX, Caller, copy_struct, domains_of, map_struct
 
 P = 4096
 
@@ -49,7 +49,7 @@ def snapshot(c: Caller) -> Any:
         [
             (
                 [(first, last, area.pages is None, area.accesses) for first, last, area in table.areas],
-                [list(domain.segments(0, ULMAX)) for domain in table.domains],
+                [list(domain.segments(0, ULMAX)) for domain in domains_of(table)],
                 sorted(table.accesses),
                 table.iova_alignment,
                 table.domains_sem.readers,

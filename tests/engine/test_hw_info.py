@@ -34,14 +34,19 @@ def test_what_is_checked_first(bench: Bench) -> None:  # devices 5 steps 1-5
     bench.do(info(idev.id))
 
 
-def test_the_requested_type(bench: Bench) -> None:  # devices 5 steps 3, 6, 7
+def test_the_requested_type(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:  # devices 5 steps 3, 6, 7
     asked: list[int] = []
-    bench.driver.hw_info = lambda device, requested: asked.append(requested) or HwInfo(0x99, INFO)  # type: ignore
+
+    def answers(device: object, requested: int) -> HwInfo:
+        asked.append(requested)
+        return HwInfo(0x99, INFO)
+
+    monkeypatch.setattr(bench.driver, "hw_info", answers)
     idev = bench.bound()
     bench.do(info(idev.id, in_data_type=7))
     out = bench.do(info(idev.id, in_data_type=7, flags=u.IOMMU_HW_INFO_FLAG_INPUT_TYPE))
     assert (asked, out.out_data_type) == ([0, 7], 0x99)
-    bench.driver.hw_info = lambda device, requested: HwInfo(0, INFO)  # type: ignore[method-assign]
+    monkeypatch.setattr(bench.driver, "hw_info", lambda device, requested: HwInfo(0, INFO))
     bench.refuses(errno.EOPNOTSUPP, info(idev.id))
 
 

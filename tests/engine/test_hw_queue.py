@@ -12,6 +12,7 @@ from iommufd.engine.access import Access
 from iommufd.engine.fail import sweep
 from iommufd.engine.failpoints import SLAB
 from iommufd.engine.hw_queue import HwQueue, page_span
+from iommufd.engine.ioas import IOAS
 from iommufd.engine.ledger import Ledger, difference, take
 from iommufd.errors import KernelError
 from iommufd.memory.frames import PAGE_SIZE
@@ -50,7 +51,7 @@ class Guest:
 
     def alloc(self, iova: int = IOVA, length: int = P, **fields: int) -> HwQueue:
         number = self.caller.do(self.cmd(iova, length, **fields)).out_hw_queue_id
-        return cast("HwQueue", self.rig.object(number))
+        return self.rig.find(number, HwQueue)
 
     def ledger(self) -> Ledger:
         return take(self.world, [self.context], [self.caller.proc.process])
@@ -133,7 +134,7 @@ def test_existing_areas_must_be_page_aligned(guest: Guest) -> None:  # events-9-
     other = guest.rig.do(u.iommu_ioas_alloc()).out_ioas_id
     guest.caller.map(other, IOVA, 0x800, BUFFER + 0x800)
     table = guest.viommu.hwpt.ioas
-    guest.viommu.hwpt.ioas = guest.rig.object(other)  # type: ignore[assignment]
+    guest.viommu.hwpt.ioas = guest.rig.find(other, IOAS)
     before = guest.ledger()
     guest.caller.refuses(errno.EADDRINUSE, guest.cmd())
     assert difference(before, guest.ledger()) == []
@@ -156,15 +157,13 @@ def test_the_last_address(guest: Guest) -> None:  # events-9-11
 
 
 def test_an_area_that_refuses_access(guest: Guest) -> None:  # events-9-12
-    found = guest.caller.table(guest.ioas).areas.find(IOVA)
-    found[2].prevent_access = True
+    guest.caller.area(guest.ioas, IOVA).prevent_access = True
     guest.refuses(errno.EINVAL)
 
 
 def test_an_area_inside_a_page_of_memory(guest: Guest) -> None:  # events-9-12
     guest.caller.map(guest.ioas, 0x5000_0000, P, BUFFER)
-    found = guest.caller.table(guest.ioas).areas.find(0x5000_0000)
-    found[2].start = 0x10
+    guest.caller.area(guest.ioas, 0x5000_0000).start = 0x10
     guest.refuses(errno.EINVAL, iova=0x5000_0000)
 
 
@@ -237,7 +236,7 @@ def test_nothing_leaks_whatever_fails(guest: Guest, release: str) -> None:  # co
     before = guest.ledger()
     failed = 0
     for shot in sweep(guest.world, tid=guest.caller.proc.task().tid):
-        with suppress(KernelError):
+        with suppress(KernelError):  # the injected one
             guest.destroy(guest.alloc().id)
         failed += shot.fired
         assert difference(before, guest.ledger()) == []
@@ -298,7 +297,7 @@ def test_destroy_tells_the_driver_first(guest: Guest) -> None:  # events 9, dest
             assert queue.access is not None
             pinned_at_hook.append(queue.access.ioas is not None)
 
-    ops.log = cast("Log", hook)
+    ops.log = cast("Log", hook)  # it is only called
     guest.destroy(queue.id)
     assert pinned_at_hook == [True]
     assert difference(before, guest.ledger()) == []
@@ -321,4 +320,4 @@ def test_dependencies_that_make_no_sense(guest: Guest) -> None:  # events 9, dev
     foreign = guest.alloc(IOVA + P, viommu_id=other.id)
     for on in (first, foreign, guest.viommu):
         with expect(errno.EINVAL):
-            first.depend(on)  # type: ignore[arg-type]
+            first.depend(on)  # type: ignore[arg-type]  # a vIOMMU is no queue: wrong on purpose

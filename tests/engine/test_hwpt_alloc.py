@@ -98,14 +98,14 @@ def test_the_fault_flag_never_reaches_the_driver(bench: Bench) -> None:  # devic
     assert bench.obj(queue).users == 2
 
 
-def test_drivers_of_every_ability(bench: Bench) -> None:  # devices 4.3 steps 1, 2, 8
+def test_drivers_of_every_ability(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:  # devices 4.3 steps 1, 2, 8
     ioas = bench.ioas()
     plain = PlainDriver(bench.log)
     idev = bench.bound("p", driver=plain)
     bench.hwpt(idev, ioas)
     alloc(bench, errno.EOPNOTSUPP, dev_id=idev.id, pt_id=ioas, flags=PASID)
     alloc(bench, errno.EOPNOTSUPP, dev_id=idev.id, pt_id=ioas, **DATA)
-    plain.domain_alloc_paging = lambda device: None  # type: ignore[method-assign]
+    monkeypatch.setattr(plain, "domain_alloc_paging", lambda device: None)
     alloc(bench, errno.ENOMEM, dev_id=idev.id, pt_id=ioas)
     other = bench.noiommu()
     bench.world.noiommu_driver = None
@@ -176,10 +176,12 @@ def test_what_a_nested_one_needs(bench: Bench) -> None:  # devices 4.4
     alloc(bench, errno.ENOSPC, **good)  # step 4
 
 
-def test_a_driver_that_makes_something_else(bench: Bench) -> None:  # devices 4.4 step 5
+def test_a_driver_that_makes_something_else(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:  # devices 4.4 step 5
     idev, ioas = bench.bound(), bench.ioas()
     parent = bench.hwpt(idev, ioas, NEST)
-    bench.driver.domain_alloc_nested = lambda *_: BaseDomain(Kind.PAGING)  # type: ignore[method-assign]
+    monkeypatch.setattr(bench.driver, "domain_alloc_nested", lambda *_: BaseDomain(Kind.PAGING))
     alloc(bench, errno.EOPNOTSUPP, dev_id=idev.id, pt_id=parent, **DATA)
 
 

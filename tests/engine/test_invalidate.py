@@ -6,6 +6,7 @@ import errno
 
 import pytest
 
+from iommufd.engine.hwpt import HwptNested
 from iommufd.iommu.domain import BaseDomain, Kind
 from iommufd.uapi import iommufd as u
 from tests.engine.flat_task import BASE, SIZE, expect
@@ -47,7 +48,7 @@ def test_kinds_that_cannot_be_invalidated(rig: Rig) -> None:  # devices-7-8, eve
 
 def test_a_nested_domain_without_caches(rig: Rig) -> None:  # devices-7-4, events-11-5
     number = rig.nested(rig.parent)
-    rig.object(number)._domain = BaseDomain(Kind.NESTED)  # type: ignore[attr-defined]
+    rig.find(number, HwptNested)._domain = BaseDomain(Kind.NESTED)
     assert rig.fails(errno.EOPNOTSUPP, cmd(number)).entry_num == 0
 
 

@@ -6,7 +6,7 @@ import ast
 import errno
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -20,7 +20,7 @@ from iommufd.uapi import iommufd as u
 from tests.engine.fakes import BUFFER, Caller, FakeFile, copy_struct, map_struct
 
 if TYPE_CHECKING:
-    from iommufd.memory.hostfile import HostFile
+    pass
 
 A = 0x1000000
 
@@ -157,7 +157,7 @@ def test_core_10_copy(caller: Caller) -> None:
 def test_core_10_map_file(caller: Caller) -> None:
     ioas = caller.ioas()
     caller.add_domain(ioas)
-    caller.proc.files[77] = lambda: cast("HostFile", FakeFile(caller.world, 16))
+    caller.proc.files[77] = lambda: FakeFile(caller.world, 16)
     step = u.iommu_ioas_map_file(flags=7, ioas_id=ioas, fd=77, length=4 * PAGE_SIZE, iova=A)
     met = _sweep(caller, lambda: caller.do(step))
     assert met == ["ENOENT", "ENOMEM", "ENOMEM", "EFAULT", "ENOMEM"]

@@ -29,7 +29,10 @@ def c() -> Caller:
     return caller
 
 
-def map_file(ioas: int, iova: int | None, length: int, start: int = 0, fd: int = MEMFD, flags: int = R | W) -> Struct:
+MapFile = u.iommu_ioas_map_file
+
+
+def map_file(ioas: int, iova: int | None, length: int, start: int = 0, fd: int = MEMFD, flags: int = R | W) -> MapFile:
     if iova is not None:
         flags |= FIXED
     return u.iommu_ioas_map_file(flags=flags, ioas_id=ioas, fd=fd, start=start, length=length, iova=iova or 0)
@@ -125,7 +128,7 @@ def test_any_byte_maps_any_byte(c: Caller) -> None:
     ioas = c.ioas()
     assert c.map(ioas, 3, 5, BUFFER + 4093) == 3
     assert c.areas(ioas) == [(3, 7)]
-    assert c.table(ioas).areas.find(3)[2].pages.npages == 2
+    assert c.pages_at(ioas, 3).npages == 2
 
 
 def test_iova_0_and_the_last_page_are_legal(c: Caller) -> None:
@@ -237,8 +240,8 @@ class TestFile:
 
     def test_automatic_iova_follows_the_offset(self, c: Caller) -> None:
         ioas = c.ioas()
-        assert c.do(map_file(ioas, None, 0x3000, 0)).iova == 0x4000  # type: ignore[attr-defined]
-        assert c.do(map_file(ioas, None, 0x800, 0x1800)).iova == 0x1800  # type: ignore[attr-defined]
+        assert c.do(map_file(ioas, None, 0x3000, 0)).iova == 0x4000
+        assert c.do(map_file(ioas, None, 0x800, 0x1800)).iova == 0x1800
 
     def test_the_file_lives_as_long_as_an_area(self, c: Caller) -> None:
         file = FakeFile(c.world, 4)
@@ -292,7 +295,6 @@ def test_mapping_a_lot_costs_a_constant_number_of_extents(c: Caller) -> None:
     domain = c.add_domain(ioas)
     c.map(ioas, 0x4000_0000, 2**30, 2**40)
     assert len(list(domain.segments(0, 2**40))) == 1
-    pages = c.table(ioas).areas.find(0x4000_0000)[2].pages
-    assert len(pages.extents) == 1
+    assert len(c.pages_at(ioas, 0x4000_0000).extents) == 1
     assert c.pinned_vm == 2**18
     assert BUFFER_PAGES < 2**18

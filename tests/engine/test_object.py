@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import random
 import threading
+from collections.abc import Callable
 
 import pytest
 from hypothesis import given
@@ -48,9 +49,9 @@ def new(context: Context) -> Thing:
     return thing
 
 
-def why(number: int, call: object) -> str:
+def why(number: int, call: Callable[[], object]) -> str:
     with pytest.raises(KernelError) as caught:
-        call()  # type: ignore[operator]
+        call()
     assert caught.value.errno == number
     return caught.value.why
 

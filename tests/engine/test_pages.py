@@ -15,6 +15,7 @@ from iommufd.engine.pages import Owner, Pages
 from iommufd.errors import KernelError
 from iommufd.memory.accounting import Mode
 from iommufd.memory.extents import pfn_at, total, unpin_extents
+from iommufd.memory.frames import Extents
 from tests.engine.fakes import FakeProcess, make_world, pinned_frames
 
 SIZE = 24
@@ -78,9 +79,9 @@ class Holders(RuleBasedStateMachine):
 
     spans = st.tuples(st.integers(0, SIZE - 1), st.integers(1, SIZE)).map(lambda s: (s[0], min(s[1], SIZE - s[0])))
 
-    def _seen(self, first: int, extents: object) -> None:
-        for i in range(total(extents)):  # type: ignore[arg-type]
-            pfn = pfn_at(extents, i)  # type: ignore[arg-type]
+    def _seen(self, first: int, extents: Extents) -> None:
+        for i in range(total(extents)):
+            pfn = pfn_at(extents, i)
             assert self.frame.setdefault(first + i, pfn) == pfn, "a held page changed its frame"
 
     @rule(span=spans)

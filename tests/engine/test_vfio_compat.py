@@ -307,7 +307,7 @@ def test_vfio_8_1_row_6_pins(v1: tuple[Caller, int]) -> None:
 
 def test_vfio_8_1_row_8_pins_and_translations_stay(v1: tuple[Caller, int]) -> None:
     caller, ioas = v1
-    (domain,) = caller.table(ioas).domains
+    (domain,) = caller.domains(ioas)
     before = frames_of(domain, 0, 8 * P)
     assert (caller.pinned_vm, caller.user_pages) == (8, 8)
     assert _unmap(caller, 2 * P, 0) == ("EINVAL", 0)  # only cuts

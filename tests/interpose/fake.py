@@ -263,7 +263,7 @@ class Machine:
 def main(argv: list[str]) -> int:
     machine = Machine(Log(argv[0]))
     try:
-        status = session.run(machine, argv[1:])  # type: ignore[arg-type]
+        status = session.run(machine, argv[1:])  # type: ignore[arg-type]  # a machine as far as programs see
     except LaunchError as error:
         print(f"iommufd: {error}", file=sys.stderr)
         return error.code

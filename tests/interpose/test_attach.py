@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from iommufd.interpose import attach
+from iommufd.interpose.realm import realm_of
 from iommufd.interpose.syscalls import HOST
 from iommufd.machine.machine import Machine
 from iommufd.machine.snapshot import IoasView
@@ -36,8 +37,8 @@ PROGRAM = [sys.executable, "-S", "-E", "-c", HOLDS]
 @contextmanager
 def started(*argv: str) -> Iterator[subprocess.Popen[str]]:
     """A `iommufd run` that is over, one way or the other, at the end of the block."""
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    with subprocess.Popen([*RUN, *argv], text=True, **pipes) as process:  # type: ignore[call-overload]
+    pipe = subprocess.PIPE
+    with subprocess.Popen([*RUN, *argv], text=True, stdin=pipe, stdout=pipe, stderr=pipe) as process:
         try:
             yield process
         finally:
@@ -65,7 +66,7 @@ def test_two_trees_on_the_machine_of_this_process(tmp_path: Path) -> None:
             assert one.communicate("\n")[1] == ""
             assert two.communicate("\n")[1] == ""
             assert (one.returncode, two.returncode) == (0, 0)
-        assert machine.realm.wait_for_trees(0, 10)  # type: ignore[attr-defined]
+        assert realm_of(machine).wait_for_trees(0, 10)
         assert machine.snapshot().contexts == ()
     assert not os.path.exists(path)
 
@@ -100,7 +101,7 @@ def test_the_exit_status_and_signals_are_the_programs(tmp_path: Path) -> None:
             run.stdout.readline()
             run.send_signal(signal.SIGTERM)
             assert run.wait(20) == -signal.SIGTERM
-        assert machine.realm.wait_for_trees(0, 10)  # type: ignore[attr-defined]
+        assert realm_of(machine).wait_for_trees(0, 10)
 
 
 def test_the_program_ends_with_the_machine(tmp_path: Path) -> None:
@@ -123,7 +124,7 @@ def test_a_killed_launcher_leaves_nothing_on_the_machine(tmp_path: Path) -> None
             assert run.stdout is not None
             run.stdout.readline()
             run.kill()
-        assert machine.realm.wait_for_trees(0, 10)  # type: ignore[attr-defined]
+        assert realm_of(machine).wait_for_trees(0, 10)
         assert machine.snapshot().contexts == ()
 
 

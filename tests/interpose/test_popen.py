@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 from iommufd.interpose.launch import LaunchError
+from iommufd.interpose.realm import realm_of
 from iommufd.machine.machine import Machine
 from iommufd.machine.snapshot import DeviceView, FaultView, HwptView, IoasView
 from tests.interpose.harness import MOCK, PREAMBLE
@@ -218,7 +219,7 @@ def test_a_program_that_is_not_there(machine: Machine, tmp_path: Path) -> None:
             machine.popen(nothing)
     with pytest.raises(FileNotFoundError):
         machine.popen(["true"], cwd=tmp_path / "missing")
-    assert (machine.programs, machine.realm.trees) == ([], [])  # type: ignore[attr-defined]
+    assert (machine.programs, realm_of(machine).trees) == ([], [])
 
 
 def test_failures_leave_nothing_behind(machine: Machine) -> None:

@@ -71,10 +71,10 @@ class Rig:
         flags = (PASID_VALID if pasid else 0) | (LAST_PAGE if last else 0)
         report_device_fault(self.device, PageRequest(flags=flags, pasid=pasid, grpid=grpid, perm=1, addr=addr))
 
-    def dropped(self, **request: int | bool) -> bool:
+    def dropped(self, *, pasid: int = 0, grpid: int = 1, last: bool = True) -> bool:
         before = len(self.groups)
         with pytest.raises(KernelError) as caught:
-            self.report(**request)  # type: ignore[arg-type]
+            self.report(pasid=pasid, grpid=grpid, last=last)
         assert caught.value.errno == errno.EINVAL
         return len(self.groups) == before
 

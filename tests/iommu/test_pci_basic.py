@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+from collections.abc import Callable
 
 import pytest
 
@@ -14,6 +15,7 @@ from iommufd.iommu.drivers.pci_basic import PciBasicDriver
 from iommufd.iommu.group import Group
 from iommufd.iommu.user_data import UserData
 from iommufd.uapi import iommufd as u
+from tests.engine.flat_task import FlatTask, as_task
 
 
 def _device(driver: PciBasicDriver, pasids: int = 64) -> Device:
@@ -32,18 +34,18 @@ def test_capabilities(dirty: bool, coherent: bool) -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "flags", "made"),
+    ("make", "flags", "made"),
     [
-        ({}, 0, True),
-        ({}, u.IOMMU_HWPT_ALLOC_PASID, True),
-        ({"max_pasids": 0}, u.IOMMU_HWPT_ALLOC_PASID, False),
-        ({}, u.IOMMU_HWPT_ALLOC_DIRTY_TRACKING, False),
-        ({"dirty": True}, u.IOMMU_HWPT_ALLOC_DIRTY_TRACKING | u.IOMMU_HWPT_ALLOC_PASID, True),
-        ({"dirty": True}, u.IOMMU_HWPT_ALLOC_NEST_PARENT, False),
+        (PciBasicDriver, 0, True),
+        (PciBasicDriver, u.IOMMU_HWPT_ALLOC_PASID, True),
+        (lambda: PciBasicDriver(max_pasids=0), u.IOMMU_HWPT_ALLOC_PASID, False),
+        (PciBasicDriver, u.IOMMU_HWPT_ALLOC_DIRTY_TRACKING, False),
+        (lambda: PciBasicDriver(dirty=True), u.IOMMU_HWPT_ALLOC_DIRTY_TRACKING | u.IOMMU_HWPT_ALLOC_PASID, True),
+        (lambda: PciBasicDriver(dirty=True), u.IOMMU_HWPT_ALLOC_NEST_PARENT, False),
     ],
 )
-def test_page_tables(options: dict[str, bool | int], flags: int, made: bool) -> None:
-    driver = PciBasicDriver(**options)  # type: ignore[arg-type]
+def test_page_tables(make: Callable[[], PciBasicDriver], flags: int, made: bool) -> None:
+    driver = make()
     if made:
         domain = driver.domain_alloc_paging_flags(_device(driver), flags, None)
         assert domain.owner is driver
@@ -58,7 +60,7 @@ def test_page_tables(options: dict[str, bool | int], flags: int, made: bool) -> 
 def test_data_is_not_taken() -> None:
     driver = PciBasicDriver()
     with pytest.raises(KernelError) as caught:
-        driver.domain_alloc_paging_flags(_device(driver), 0, UserData(None, 5, 0, 8))  # type: ignore[arg-type]
+        driver.domain_alloc_paging_flags(_device(driver), 0, UserData(as_task(FlatTask()), 5, 0, 8))
     assert caught.value.errno == errno.EOPNOTSUPP
 
 

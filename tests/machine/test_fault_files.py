@@ -12,17 +12,17 @@ from typing import TYPE_CHECKING, cast
 import pytest
 
 from iommufd.engine.fail import Injector
+from iommufd.engine.world import World
 from iommufd.errors import KernelError
 from iommufd.machine.fault_files import FailNth, Knob, MakeItFail, knobs, mount, parse_bool, parse_number
+from iommufd.machine.text_file import TextFile
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from iommufd.engine.task import Task
-    from iommufd.engine.world import World
     from iommufd.machine.machine import Machine
     from iommufd.machine.node import Node
-    from iommufd.machine.text_file import TextFile
 
 
 class _Memory:
@@ -40,7 +40,7 @@ class _Memory:
 
 def _read(file: TextFile, count: int = 100, pos: int | None = 0) -> bytes:
     memory = _Memory()
-    done = file.read(cast("Task", memory), 0, count, pos)
+    done = file.read(cast("Task", memory), 0, count, pos)  # all that a read uses of a task
     return bytes(memory.bytes[:done])
 
 
@@ -49,7 +49,7 @@ def _write(file: TextFile, data: bytes, pos: int | None = 0) -> int:
     memory = _Memory()
     memory.write(0, data)
     try:
-        done = file.write(cast("Task", memory), 0, len(data), pos)
+        done = file.write(cast("Task", memory), 0, len(data), pos)  # and a write
     except KernelError as error:
         return -error.errno
     assert isinstance(done, int)
@@ -58,8 +58,7 @@ def _write(file: TextFile, data: bytes, pos: int | None = 0) -> int:
 
 @pytest.fixture
 def injector() -> Injector:
-    world = SimpleNamespace(fail=None, fail_call=None)
-    return Injector(cast("World", world))
+    return Injector(World())
 
 
 @pytest.fixture
@@ -231,11 +230,13 @@ class _Machine:
 
 def test_the_files_are_where_programs_look(injector: Injector) -> None:
     machine = _Machine(injector)
-    mount(cast("Machine", machine))
+    mount(cast("Machine", machine))  # all that mounting uses of one
     assert {"/sys/kernel/debug", "/sys/kernel/debug/fail_iommufd", "/sys/kernel/debug/failslab"} <= set(machine.nodes)
     node = machine.nodes["/sys/kernel/debug/failslab/ignore-gfp-wait"]
     assert node.opener is not None
-    _write(cast("TextFile", node.opener(None, 2)), b"N")
+    file = node.opener(None, 2)
+    assert isinstance(file, TextFile)
+    _write(file, b"N")
     assert not injector.failslab.ignore_gfp_wait
 
     (claim,) = machine.claims

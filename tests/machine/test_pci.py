@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
 
 import pytest
 
@@ -13,12 +12,10 @@ from iommufd.engine.file import Pending
 from iommufd.errors import KernelError, errno_name
 from iommufd.machine.machine import Machine
 from iommufd.machine.pci_nodes import bridge_of, device_path, modalias, resource_lines
+from iommufd.machine.text_file import TextFile
 from iommufd.vfio.pci_config import Bar, BarKind, PciLayout
 from tests.vfio.conftest import EDU, NIC
 from tests.vfio.program import Program
-
-if TYPE_CHECKING:
-    from iommufd.machine.text_file import TextFile
 
 A, B, C = "0000:00:03.0", "0000:01:01.0", "0000:01:02.0"
 
@@ -149,8 +146,8 @@ def test_every_link_leads_somewhere(root: Path, machine: Machine) -> None:
 
 def _file(machine: Machine, path: str) -> TextFile:
     file = machine.open(path, None, os.O_RDWR)
-    assert file is not None, path
-    return cast("TextFile", file)
+    assert isinstance(file, TextFile), path
+    return file
 
 
 def _write(machine: Machine, path: str, text: str) -> object:

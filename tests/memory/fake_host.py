@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+from typing import Any
 
 from iommufd.memory.frames import PAGE_SIZE
 from iommufd.memory.vma import READ, SHARED, WRITE, Vma
@@ -29,9 +30,9 @@ class FakeHost:
         self.dead = False
         self.locked = 0
 
-    def map(self, start: int, npages: int, flags: int = READ | WRITE, **more: object) -> Vma:
+    def map(self, start: int, npages: int, flags: int = READ | WRITE, **more: Any) -> Vma:  # Any: more of Vma
         self.forget(start, npages)
-        vma = Vma(start, start + npages * P, flags, **more)  # type: ignore[arg-type]
+        vma = Vma(start, start + npages * P, flags, **more)
         self.vmas = sorted([*self.vmas, vma], key=lambda v: v.start)
         return vma
 

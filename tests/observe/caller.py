@@ -9,6 +9,7 @@ from iommufd.engine.context import Context
 from iommufd.engine.dispatch import Handler, Respond, build_table
 from iommufd.engine.file import File
 from iommufd.engine.instrument import Instrument
+from iommufd.engine.task import Task
 from iommufd.engine.world import World
 from iommufd.errors import KernelError
 from iommufd.uapi.commands import BY_NAME
@@ -70,11 +71,16 @@ class Engine:
         self.context = Context(self.world)
         self.task = Memory()
 
+    @property
+    def as_task(self) -> Task:
+        """Its memory and ids, which are all that these calls use of a task."""
+        return cast("Task", self.task)
+
     def ioctl(self, number: int, value: Struct | bytes | None = None, at: int = BASE) -> Any:
         """Places the struct and calls; returns the result, or the KernelError."""
         if value is not None:
             self.task.write(at, value if isinstance(value, bytes) else value.pack())
         try:
-            return self.context.ioctl(cast(Any, self.task), number, at)
+            return self.context.ioctl(self.as_task, number, at)
         except KernelError as error:
             return error

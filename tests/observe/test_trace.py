@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import io
 import json
-from typing import Any, cast
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -48,7 +48,8 @@ def written(writer: TraceWriter, stream: Kept) -> list[dict[str, Any]]:
 
 
 def alloc(call: Call) -> None:
-    cast(u.iommu_ioas_alloc, call.cmd).out_ioas_id = 2
+    assert isinstance(call.cmd, u.iommu_ioas_alloc)
+    call.cmd.out_ioas_id = 2
 
 
 def refuse(call: Call) -> None:
@@ -111,7 +112,8 @@ def test_a_failing_call_that_still_answers() -> None:
     """HWPT_INVALIDATE gives its struct back on errors too (core 1.4)."""
 
     def invalidate(call: Call) -> None:
-        cast(u.iommu_hwpt_invalidate, call.cmd).entry_num = 1
+        assert isinstance(call.cmd, u.iommu_hwpt_invalidate)
+        call.cmd.entry_num = 1
         call.respond()
         raise KernelError(errno.EINVAL, "entry 1 is wrong")
 
@@ -132,7 +134,8 @@ def test_a_failing_call_that_still_answers() -> None:
 
 def test_memory_the_call_wrote() -> None:
     def info(call: Call) -> None:
-        cmd = cast(u.iommu_hw_info, call.cmd)
+        cmd = call.cmd
+        assert isinstance(cmd, u.iommu_hw_info)
         call.task.write(cmd.data_uptr, t.iommu_test_hw_info(test_reg=0xDEADBEEF).pack())
         cmd.out_data_type, cmd.data_len = t.IOMMU_HW_INFO_TYPE_SELFTEST, 8
 
@@ -149,7 +152,8 @@ def test_descriptors_a_call_makes() -> None:
         link = FaultQueue.link if hasattr(FaultQueue, "link") else "anon_inode:[iommufd-pgfault]"
 
     def queue(call: Call) -> None:
-        cmd = cast(u.iommu_fault_alloc, call.cmd)
+        cmd = call.cmd
+        assert isinstance(cmd, u.iommu_fault_alloc)
         cmd.out_fault_id, cmd.out_fault_fd = 4, call.reserve_fd(Queue())
 
     engine, writer, stream = traced(IOMMU_FAULT_QUEUE_ALLOC=queue)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import io
-from typing import Any, cast
+from typing import Any
 
 import pytest
 
@@ -36,7 +36,7 @@ class Tracer:
         self.writer = TraceWriter(self.stream, header("x", (7, 3)))
         self.engine = Engine([self.writer], **rows)
         self.world, self.context = self.engine.world, self.engine.context
-        self.task = cast(Any, self.engine.task)
+        self.task = self.engine.as_task
 
     def lines(self) -> list[str]:
         self.writer.close()
@@ -138,7 +138,7 @@ def test_mmap_of_a_file_that_cannot_be_mapped() -> None:
     stream = io.StringIO()
     engine = Engine([Explain(stream)])
     with pytest.raises(KernelError):
-        watch.mmap(engine.world, File(), cast(Any, engine.task), 0x1000, 4096, 1, True)
+        watch.mmap(engine.world, File(), engine.as_task, 0x1000, 4096, 1, True)
     assert stream.getvalue() == (
         "iommufd: mmap(NULL, 4096, PROT_READ, MAP_SHARED, 3, 0x1000) = -1 ENODEV (No such device)"
         "  # anon_inode:[iommufd] cannot be mapped\n"

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 import pytest
 
+from iommufd.engine.device import Device
 from iommufd.engine.ledger import Ledger, take
 from iommufd.engine.object import Object
 from iommufd.errors import KernelError
@@ -24,6 +25,8 @@ OPS: dict[type[Struct], int] = {arm: op for op, arm in t.ARMS.items()}
 
 NEST, DIRTY, FAULT, PASID = 1, 2, 4, 8  # flags of HWPT_ALLOC
 IOTLB = 0x1234_5678
+
+K = TypeVar("K", bound=Object)
 
 
 class Mock(Caller):
@@ -66,8 +69,7 @@ class Mock(Caller):
 
     def core(self, dev: int = 0) -> MockDevice:
         """The device behind a DEVICE id."""
-        found: Any = self.object(dev or self.dev)
-        device = found.device
+        device = self.find(dev or self.dev, Device).device
         assert isinstance(device, MockDevice)
         return device
 
@@ -77,6 +79,12 @@ class Mock(Caller):
     def object(self, number: int) -> Object:
         found = self.context.objects.get(number)
         self.context.objects.put(found)
+        return found
+
+    def find(self, number: int, kind: type[K]) -> K:
+        """The object, which is of that kind."""
+        found = self.object(number)
+        assert isinstance(found, kind)
         return found
 
     def destroy(self, number: int) -> None:

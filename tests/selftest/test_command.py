@@ -7,6 +7,7 @@ from struct import pack
 
 import pytest
 
+from iommufd.engine.hwpt import HwptPaging
 from iommufd.iommu.extent_domain import ExtentDomain
 from iommufd.machine.presets import preset
 from iommufd.uapi import iommufd as u
@@ -220,8 +221,7 @@ def test_check_map(m: Mock) -> None:  # mock-device 5.2
 
 
 def test_check_map_of_another_drivers_page_table(m: Mock) -> None:  # mock-device 5.2 row 2
-    found: object = m.object(m.auto)
-    found._domain = ExtentDomain(0x1000)  # type: ignore[attr-defined]
+    m.find(m.auto, HwptPaging)._domain = ExtentDomain(0x1000)
     m.op_refuses(errno.EINVAL, check(m))
 
 

@@ -7,6 +7,7 @@ import os
 
 import pytest
 
+from iommufd.engine.hwpt import HwptPaging
 from iommufd.errors import KernelError
 from iommufd.machine.presets import preset
 from iommufd.selftest.dmabuf import MockDmaBuf
@@ -42,8 +43,7 @@ def map_file(
 
 
 def phys(m: Mock, iova: int = IOVA) -> int:
-    found: object = m.object(m.auto)
-    return found.domain.iova_to_phys(iova)  # type: ignore[attr-defined, no-any-return]
+    return m.find(m.auto, HwptPaging).domain.iova_to_phys(iova)
 
 
 def revoke(m: Mock, fd: int, revoked: int = 1) -> None:

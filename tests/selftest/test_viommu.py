@@ -13,6 +13,7 @@ import pytest
 from iommufd.engine.eventq import QueueFile
 from iommufd.engine.fault import FaultQueue
 from iommufd.engine.hw_queue import HwQueue
+from iommufd.engine.hwpt import HwptPaging
 from iommufd.engine.ledger import difference
 from iommufd.engine.vdevice import Vdevice
 from iommufd.engine.veventq import VeventQueue
@@ -20,6 +21,7 @@ from iommufd.engine.viommu import Viommu
 from iommufd.memory.space import READ, WRITE
 from iommufd.selftest.device import MockDevice
 from iommufd.selftest.nested import MockNestedDomain
+from iommufd.selftest.viommu import MockViommu
 from iommufd.uapi import iommufd as u
 from iommufd.uapi import iommufd_test as t
 from tests.engine.fakes import ARRAY, BUFFER
@@ -380,7 +382,8 @@ def test_two_queues_in_ascending_order(mapped: Guest) -> None:  # events 9, driv
 
 
 def test_what_7_3_4_frees(mapped: Guest) -> None:  # docs/deviations.md hw-queue-destroy-clears-slot-0
-    state = mapped.object(mapped.first).private  # type: ignore[attr-defined]
+    state = mapped.find(mapped.first, Viommu).private
+    assert isinstance(state, MockViommu)
     state.clears_slot_0 = True
     first = mapped.do(queue(mapped, 0)).out_hw_queue_id
     mapped.destroy(mapped.do(queue(mapped, 1, page=1)).out_hw_queue_id)
@@ -401,7 +404,7 @@ def test_each_viommu_has_its_own(mapped: Guest) -> None:  # events 9
 
 def test_the_base_address_is_checked(mapped: Guest) -> None:  # events 9, driver part
     """The pinned page and the parent's translation differ only if the page table does not hold what was pinned."""
-    domain = mapped.object(mapped.parent).domain  # type: ignore[attr-defined]
+    domain = mapped.find(mapped.parent, HwptPaging).domain
     domain.unmap(IOVA, 4 * P)
     before = mapped.ledger()
     mapped.refuses(errno.EFAULT, queue(mapped, 0))
@@ -462,7 +465,9 @@ def test_nothing_waits_for_the_cyclic_collector() -> None:
 def use_everything(leaky: bool) -> None:
     g = Guest()
     g.map(g.ioas_id, IOVA, 4 * P, BUFFER)
-    g.object(g.first).private.clears_slot_0 = leaky  # type: ignore[attr-defined]
+    state = g.find(g.first, Viommu).private
+    assert isinstance(state, MockViommu)
+    state.clears_slot_0 = leaky
     g.do(viommu_cmd(g, 24))
     g.do(queue(g, 0))
     g.destroy(g.do(queue(g, 1, page=1)).out_hw_queue_id)

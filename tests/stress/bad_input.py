@@ -45,7 +45,7 @@ class Files:
         self.backend = backend
         self.context = backend.open("/dev/iommu", os.O_RDWR)
         self.fds = [self.context, *(backend.open(path, os.O_RDWR) for path in paths if path != "/dev/iommu")]
-        with suppress(OSError):
+        with suppress(OSError):  # a machine without mock hardware
             self._mock()
 
     def do(self, struct: Any) -> Any:

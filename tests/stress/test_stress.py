@@ -87,7 +87,7 @@ class Racer(threading.Thread):
                 self.failure = f"{op.name} failed with {error!r}\n{traceback.format_exc()}"
                 self.race.over = True
             self.errnos[op.name, error.errno or 0] += 1
-        except BaseException:
+        except BaseException:  # the test fails with it
             self.failure = f"{op.name}:\n{traceback.format_exc()}"
             self.race.over = True
 

@@ -54,7 +54,7 @@ def test_what_a_backend_has_not_is_skipped() -> None:
 
 def test_what_is_no_backend() -> None:
     with pytest.raises(TypeError, match="object is no backend: it lacks open, ioctl, read"):
-        check_backend(object())  # type: ignore[arg-type]
+        check_backend(object())  # type: ignore[arg-type]  # wrong on purpose
     with pytest.raises(ValueError, match="no check is called anything like no such"):
         check_backend(backend(), only=["no such"])
     with pytest.raises(ValueError, match="there is no magic to have; there are: "):

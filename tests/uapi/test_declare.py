@@ -70,7 +70,7 @@ def test_unknown_names_and_values_that_do_not_fit_are_refused() -> None:
     with pytest.raises(TypeError, match="nope"):
         sample(nope=1)
     with pytest.raises(AttributeError):
-        sample().nope = 1  # type: ignore[attr-defined]
+        sample().nope = 1  # type: ignore[attr-defined]  # wrong on purpose
     with pytest.raises(_struct.error):
         sample(a=256).pack()
 
@@ -182,7 +182,9 @@ def test_the_c_in_the_docstring_is_what_is_declared(cls: type[Struct]) -> None:
     text = inspect.getdoc(cls)
     assert text is not None
     shown = [name for name, count in c_members(text)]
-    own = [f for f in cls.FIELDS if f not in cls.__base__.FIELDS]  # type: ignore[union-attr]
+    base = cls.__base__
+    assert base is not None and issubclass(base, Struct)
+    own = [f for f in cls.FIELDS if f not in base.FIELDS]
     declared = list(dict.fromkeys(f.c_name.split(".")[0] for f in own))
     flexible = [name for name, count in c_members(text) if count == -1]  # arrays of structs are no members of ours
     assert sorted(n for n in shown if n not in flexible or n in declared) == sorted(declared)

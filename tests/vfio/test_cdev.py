@@ -10,9 +10,11 @@ import struct
 
 import pytest
 
+from iommufd.engine.ioas import IOAS
 from iommufd.engine.task import CAP_SYS_RAWIO
 from iommufd.errors import KernelError
 from iommufd.iommu.drivers.pci_basic import PciBasicDriver
+from iommufd.iommu.extent_domain import ExtentDomain
 from iommufd.machine.machine import Machine
 from tests.vfio.conftest import ALONE, EDU, FIRST, NETWORK, NIC, SECOND, Edu
 from tests.vfio.program import (
@@ -239,7 +241,8 @@ def test_devices_11_3_what_the_hardware_uses(p: Program, iommufd: int, ioas: int
     p.attach(fd, p.hwpt(iommufd, dev, ioas))
     domain = driver.domain_of(device)
     memory[0x1234:0x1238] = b"here"
-    phys = domain.iova_to_phys(0x101234)  # type: ignore[attr-defined]
+    assert isinstance(domain, ExtentDomain)
+    phys = domain.iova_to_phys(0x101234)
     assert p.machine.world.physical.read(phys, 4) == b"here"
     p.detach(fd)
     assert driver.domain_of(device) is driver.blocked_domain
@@ -249,7 +252,7 @@ def test_devices_11_3_what_the_hardware_uses(p: Program, iommufd: int, ioas: int
 
 def test_devices_3_8_the_interrupt_window_is_reserved_while_attached(p: Program, iommufd: int, ioas: int) -> None:
     fd, _ = p.bound(ALONE, iommufd)
-    table = next(o for o in p.context(iommufd).objects if o.id == ioas).io_pagetable  # type: ignore[attr-defined]
+    (table,) = (o.io_pagetable for o in p.context(iommufd).objects if isinstance(o, IOAS) and o.id == ioas)
     p.attach(fd, ioas)
     assert table.usable() == ([(0, 0xFEDFFFFF), (0xFEF00000, 2**48 - 1)], 4096)
     p.detach(fd)

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import pytest
 
 from iommufd.engine.task import CAP_SYS_RAWIO
+from iommufd.iommu.group import Group
 from iommufd.machine.machine import Machine
 from tests.vfio.conftest import ALONE, EDU, FIRST, SECOND, Edu
 from tests.vfio.program import (
@@ -34,6 +35,12 @@ def set_container(p: Program, group: int, fd: int) -> object:
 
 def device_fd(p: Program, group: int, name: str) -> object:
     return p.call(group, GET_DEVICE_FD, bytearray(name.encode() + b"\0"))
+
+
+def core_group(p: Program, name: str) -> Group:
+    found = p.machine.pci[name].device.group
+    assert found is not None
+    return found
 
 
 def status(p: Program, group: int) -> object:
@@ -89,7 +96,7 @@ def test_vfio_9_1_rows_9_and_10_the_compat_ioas(p: Program, group: int, iommufd:
     other = p.group(ALONE)
     assert set_container(p, other, iommufd) == 0
     assert len(context.objects) == 1
-    assert p.machine.pci[FIRST].device.group.owner_cnt == 0  # type: ignore[union-attr]
+    assert core_group(p, FIRST).owner_cnt == 0
     assert p.call(group, UNSET_CONTAINER) == 0
     assert p.call(other, UNSET_CONTAINER) == 0
     assert list(context.objects) == [ioas]  # it stays
@@ -127,7 +134,7 @@ def test_vfio_9_2_get_status(p: Program, group: int, iommufd: int) -> None:
     device_fd(p, group, FIRST)
     assert p.call(group, UNSET_CONTAINER) == 0  # although a device is open
     assert status(p, group) == 0  # somebody has its DMA
-    p.machine.pci[ALONE].device.group.use_dma_api()  # type: ignore[union-attr]
+    core_group(p, ALONE).use_dma_api()
     other = p.group(ALONE)
     assert status(p, other) == 0  # a kernel driver has
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+from collections.abc import Callable
 
 import pytest
 from hypothesis import given
@@ -184,6 +185,6 @@ def test_whatever_is_written_goes_again(data: bytes, at: int) -> None:
         lambda: PciLayout(msix=4, bars=(Bar(64),)),  # no room for the pending bits
     ],
 )
-def test_impossible_functions_are_refused(make: object) -> None:
+def test_impossible_functions_are_refused(make: Callable[[], object]) -> None:
     with pytest.raises(ValueError, match=r"BAR|vectors"):
-        make()  # type: ignore[operator]
+        make()

@@ -58,7 +58,7 @@ class Worker:
                 answer = self.step()
                 if isinstance(answer, str):
                     self.seen.add(answer)
-        except BaseException as error:
+        except BaseException as error:  # the test fails with it
             self.failure = error
         for fd in self.own:
             self.p.close(fd)

@@ -271,7 +271,7 @@ def shared_mappings(pid: int, dev: int, inode: int) -> Ranges:
     """Where a process maps the file ``(dev, inode)`` shared."""
     found: Ranges = []
     needle = f" {os.major(dev):02x}:{os.minor(dev):02x} {inode} ".encode()
-    with contextlib.suppress(OSError), open(f"/proc/{pid}/maps", "rb") as maps:  # gone
+    with contextlib.suppress(OSError), open(f"/proc/{pid}/maps", "rb") as maps:  # it is gone
         for line in maps:
             if needle in line:
                 words = line.split(None, 2)

@@ -26,7 +26,7 @@ from iommufd.memory.frames import PAGE_SHIFT, PAGE_SIZE
 from iommufd.memory.intervals import IntervalIndex
 
 if TYPE_CHECKING:
-    from iommufd.iommu.domain import DirtySink
+    from iommufd.iommu.domain import DirtyOps, DirtySink
     from iommufd.iommu.driver import Driver
     from iommufd.memory.frames import Extents
 
@@ -73,7 +73,7 @@ class ExtentDomain(BaseDomain):
         self._lock = threading.Lock()
         self._dirty = DirtyState()
         self.dirty_tracking = False
-        self.dirty_ops: ExtentDomain | None = self if dirty else None
+        self.dirty_ops: DirtyOps | None = self if dirty else None
 
     # ------------------------------------------------------------------------------------------------ mapping memory
 

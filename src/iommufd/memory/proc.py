@@ -416,7 +416,7 @@ class ProcHost:
 
     def mlocked_pages(self) -> int:
         """VmLck: what the process itself has locked."""
-        with contextlib.suppress(OSError), open(f"/proc/{self.pid}/status", "rb") as status:  # gone
+        with contextlib.suppress(OSError), open(f"/proc/{self.pid}/status", "rb") as status:  # it is gone
             for line in status:
                 if line.startswith(b"VmLck:"):
                     return int(line.split()[1]) << 10 >> PAGE_SHIFT
