@@ -203,7 +203,10 @@ class Context(Handle):
         if not isinstance(kind, type) or not issubclass(kind, Object) or not kind._adoptable:
             name = kind.__name__ if isinstance(kind, type) else type(kind).__name__
             raise TypeError(f"{name} is no kind of object that a number is enough for")
-        return kind(self, number(number_, "an object's number", 2**31 - 1))
+        found = number(number_, "an object's number", 2**31 - 1)
+        if self.closed:
+            raise self.failure(None)
+        return kind(self, found)
 
     @property
     def objects(self) -> list[Object]:

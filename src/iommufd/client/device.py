@@ -46,6 +46,7 @@ class Device(Object):
         EBUSY when attached already (:meth:`replace` moves), EINVAL when the hardware does not fit, EADDRINUSE when
         something is mapped where the device cannot reach or in IOVAs it reserves. All mapped memory is pinned now:
         EFAULT, ENOMEM."""
+        self._check()
         at = self._pasid(pasid)
         if at in self._hwpts:
             raise IommufdError(errno.EBUSY, f"{self!r} is attached already: use replace()")
@@ -55,6 +56,7 @@ class Device(Object):
         """Moves the device, or one PASID of it, to another IOAS or HWPT with no moment in between; returns the HWPT.
 
         On an error everything is as before. EINVAL when it was not attached."""
+        self._check()
         at = self._pasid(pasid)
         if at not in self._hwpts:
             raise IommufdError(errno.EINVAL, f"{self!r} is not attached: use attach()")

@@ -164,6 +164,7 @@ class VFIODevice(Device):
 
     def region(self, index: int) -> Region:
         """Region ``index``; of a PCI device a ``vfio_pci_region_index``. EINVAL when it has none of that number."""
+        self._check()
         found = self._regions.get(number(index, "index", 2**32 - 1))
         if found is None:
             found = self._regions[index] = Region(self._handle, index)

@@ -5,13 +5,15 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
-import select
 import struct
+import sys
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Self
 
+from iommufd.client.backends.kernel import KernelBackend
 from iommufd.client.errors import IommufdError
-from iommufd.client.numbers import items, number, plural, seconds
+from iommufd.client.handle import POLLIN, Handle
+from iommufd.client.numbers import items, number, plural
 from iommufd.client.vfio.chain import ask
 from iommufd.uapi import vfio as v
 
@@ -19,7 +21,6 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from iommufd.client.buffers import HasFileno
-    from iommufd.client.handle import Handle
 
 HEAD = struct.Struct("<IIIII")  # struct vfio_irq_set without its data
 
@@ -28,31 +29,27 @@ class EventFd:
     """A counter that an interrupt adds 1 to; waiting takes what has come."""
 
     def __init__(self) -> None:
-        self._fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._handle = Handle(KernelBackend(), fd, "the eventfd")  # real with any backend
 
     def fileno(self) -> int:
         """The descriptor, for select and friends. IommufdError EBADF when closed."""
-        if self._fd < 0:
-            raise IommufdError(errno.EBADF, "the eventfd is closed")
-        return self._fd
+        return self._handle.fileno()
 
     def take(self) -> int:
         """How many interrupts came since the last time; 0 when none. Never blocks."""
         try:
-            return os.eventfd_read(self.fileno())
+            return int.from_bytes(self._handle.read(8), sys.byteorder)
         except BlockingIOError:
             return 0
 
     def signal(self) -> None:
         """Adds 1, as an interrupt does: for eventfds that the kernel listens to."""
-        os.eventfd_write(self.fileno(), 1)
+        self._handle.write((1).to_bytes(8, sys.byteorder))
 
     def wait(self, timeout: float | None = None) -> int:
         """Waits up to ``timeout`` seconds (None: forever) for an interrupt; how many have come, 0 on timeout."""
-        poller = select.poll()
-        poller.register(self.fileno(), select.POLLIN)
-        timeout = seconds(timeout)
-        poller.poll(None if timeout is None else timeout * 1000)
+        self._handle.poll(POLLIN, timeout)
         return self.take()
 
     async def wait_async(self) -> int:
@@ -70,9 +67,7 @@ class EventFd:
 
     def close(self) -> None:
         """Closes the descriptor. The kernel keeps what it was given until the interrupt is disabled."""
-        fd, self._fd = self._fd, -1
-        if fd >= 0:
-            os.close(fd)
+        self._handle.close_fd()
 
     def __enter__(self) -> Self:
         return self
@@ -83,11 +78,11 @@ class EventFd:
         self.close()
 
     def __del__(self) -> None:
-        if hasattr(self, "_fd"):
+        if hasattr(self, "_handle"):
             self.close()
 
     def __repr__(self) -> str:
-        return f"<EventFd {self._fd}>" if self._fd >= 0 else "<EventFd, closed>"
+        return "<EventFd, closed>" if self._handle.closed else f"<EventFd {self._handle._fd}>"
 
 
 def descriptor(event: HasFileno | int | None, what: str = "an eventfd") -> int:
