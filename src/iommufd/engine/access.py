@@ -400,7 +400,7 @@ def _check_backing(pages: Pages, write: bool) -> None:
     """core 5.6 rows 4 and 5."""
     if write and not pages.writable:
         raise KernelError(errno.EPERM, "the memory was mapped without WRITEABLE")
-    if pages.source is not None and pages.source.is_dmabuf:
+    if pages.source is not None and pages.source.dmabuf is not None:
         raise KernelError(errno.EINVAL, "the memory of a dma-buf is not for software")
 
 

@@ -9,7 +9,7 @@ what the number of extents costs, never what the number of pages would.
 from __future__ import annotations
 
 import errno
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 from iommufd.engine.failpoints import SCRATCH
 from iommufd.errors import KernelError
@@ -77,9 +77,8 @@ def fill(
 
     ``storage``: the area becomes a holder of its pages, which are pinned and charged as needed; otherwise it is one
     already. KernelError EFAULT, ENOMEM, EINVAL, EOVERFLOW from pinning and charging, or the driver's."""
-    source = pages.source
-    if source is not None and source.is_dmabuf:
-        _fill_dmabuf(area, cast("DmaBufSource", source), domains, page_by_page)
+    if pages.source is not None and (dmabuf := pages.source.dmabuf) is not None:
+        _fill_dmabuf(area, dmabuf, domains, page_by_page)
         return
     if world.fail is not None and world.fail(SCRATCH, task):
         raise KernelError(errno.ENOMEM, "fault injection: no memory to gather page frames")
@@ -131,11 +130,9 @@ def unfill(area: Area, pages: Pages, domains: list[PagingDomain], storage: bool)
     """Undoes :func:`fill`."""
     first, start = area.first, area.start
     length = area.last - first + 1
-    source = pages.source
-    if source is not None and source.is_dmabuf:
-        buffer = cast("DmaBufSource", source)
+    if pages.source is not None and (dmabuf := pages.source.dmabuf) is not None:
         for domain in domains:
-            if buffer.forget(domain, area):
+            if dmabuf.forget(domain, area):
                 domain.unmap(first, length)
         return
     for domain in domains:

@@ -84,8 +84,6 @@ class DmaBufSource(Source):
 
     __slots__ = ("_extents", "_first_page", "file", "mapped", "pages", "revoked")
 
-    is_dmabuf = True
-
     def __init__(self, file: DmaBufFile, start: int) -> None:
         """core 7 rows 4-6."""
         super().__init__()
@@ -109,6 +107,10 @@ class DmaBufSource(Source):
         except BaseException:
             file.put()
             raise
+
+    @property
+    def dmabuf(self) -> DmaBufSource:
+        return self
 
     def extents(self, first: int, count: int) -> Extents:
         """The memory of the pages object's pages ``[first, first + count)``."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import errno
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 from iommufd.engine.area import gap_sentence
 from iommufd.engine.dispatch import Call, Handler, Respond, unsupported
@@ -16,7 +16,6 @@ from iommufd.uapi import iommufd as u
 from iommufd.uapi.commands import BY_NAME, Command
 
 if TYPE_CHECKING:
-    from iommufd.engine.dmabuf import DmaBufSource
     from iommufd.engine.io_pagetable import IOPagetable
     from iommufd.iommu.driver import Driver
 
@@ -53,7 +52,7 @@ def _look(table: IOPagetable, driver: Driver, iova: int, length: int) -> tuple[i
         storage = table.domains[0] if table.domains else None
     pages.lock(world)
     try:
-        buffer = cast("DmaBufSource", pages.source) if pages.source is not None and pages.source.is_dmabuf else None
+        buffer = pages.source.dmabuf if pages.source is not None else None
         if buffer is not None and buffer.revoked:  # row 7
             raise KernelError(errno.EINVAL, f"the dma-buf behind {area!r} was revoked")
         if storage is None or storage.owner is not driver:  # row 8

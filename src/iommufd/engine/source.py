@@ -14,6 +14,7 @@ from iommufd.errors import KernelError
 from iommufd.memory.frames import PAGE_SHIFT
 
 if TYPE_CHECKING:
+    from iommufd.engine.dmabuf import DmaBufSource
     from iommufd.memory.frames import Extents
     from iommufd.memory.hostfile import HostFile
 
@@ -24,10 +25,14 @@ class Source:
     __slots__ = ("users",)
 
     is_file = False
-    is_dmabuf = False
 
     def __init__(self) -> None:
         self.users = 1  # of whoever made it
+
+    @property
+    def dmabuf(self) -> DmaBufSource | None:
+        """Itself, if it is a dma-buf: nothing is pinned then, and it may be taken back."""
+        return None
 
     def pin(self, offset: int, count: int) -> Extents:
         """Long-term pin of ``count`` pages from byte ``offset`` (page-aligned) on; all or nothing."""

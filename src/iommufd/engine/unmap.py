@@ -162,7 +162,7 @@ def cut(table: IOPagetable, position: int) -> None:
         pages = area.pages
         if pages is None or area.prevent_access:  # row 2
             raise KernelError(errno.EBUSY, f"{area!r} is being mapped or unmapped")
-        if pages.source is not None and pages.source.is_dmabuf:  # row 3
+        if pages.source is not None and pages.source.dmabuf is not None:  # row 3
             raise KernelError(errno.EOPNOTSUPP, f"{area!r} maps a dma-buf and cannot be cut")
         start = area.start + position + 1 - first
         alignment = table.iova_alignment

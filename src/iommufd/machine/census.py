@@ -53,7 +53,8 @@ def _pins(area: Area, in_domains: bool) -> str:
     pages = area.pages
     if pages is None:
         return f"{size}, in progress"
-    held = ["pinned for DMA"] if in_domains and not (pages.source is not None and pages.source.is_dmabuf) else []
+    dmabuf = pages.source.dmabuf if pages.source is not None else None
+    held = ["pinned for DMA"] if in_domains and dmabuf is None else []
     if area.accesses:
         held.append(f"pinned by an access ({count(area.accesses, 'time')})")
     if pages.source is None:

@@ -257,7 +257,7 @@ def _area(area: Area, in_domains: bool) -> AreaView:
     if pages is None:
         return AreaView(area.first, area.last, readable, writeable, "in progress", 0, 0, False, area.accesses)
     source = pages.source
-    name = "memory" if source is None else "dmabuf" if source.is_dmabuf else "file"
+    name = "memory" if source is None else "dmabuf" if source.dmabuf is not None else "file"
     return AreaView(
         area.first,
         area.last,
