@@ -10,7 +10,7 @@ import errno
 import itertools
 import threading
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import pytest
 
@@ -32,7 +32,7 @@ from iommufd.memory.frames import PAGE_SIZE, Extent, Extents
 from iommufd.memory.space import READ, WRITE, AddressSpace, Vma
 from iommufd.uapi import iommufd as u
 from iommufd.uapi.commands import COMMANDS
-from iommufd.uapi.declare import Struct
+from iommufd.uapi.declare import Struct, members
 
 if TYPE_CHECKING:
     from iommufd.memory.hostfile import HostFile
@@ -47,6 +47,7 @@ BUFFER_PAGES = 0x400
 ARRAY = 0x6000_0000  # where a Caller keeps arrays it passes
 
 S = TypeVar("S", bound=Struct)
+V = TypeVar("V", covariant=True)
 
 
 def make_world(**options: Any) -> World:
@@ -284,9 +285,9 @@ class Caller:
 
     def do(self, struct: S, at: int = ARG) -> S:
         """An ioctl that succeeds; the struct as it came back. ``size`` is filled in when zero."""
-        fields: Any = struct
-        if fields.size == 0:
-            fields.size = struct.SIZE
+        fill = members(struct)  # every command has a size
+        if fill.size == 0:
+            fill.size = struct.SIZE
         self.raw(NUMBERS[type(struct)], struct.pack(), at)
         return type(struct).unpack(self.host.peek(at, struct.SIZE))
 
@@ -449,19 +450,19 @@ def domains_of(table: IOPagetable) -> list[ExtentDomain]:
     return domains
 
 
-class Background:
+class Background(Generic[V]):
     """Runs ``work`` on another thread; :meth:`result` waits for it and re-raises what it raised."""
 
-    def __init__(self, work: Callable[[], Any]) -> None:
+    def __init__(self, work: Callable[[], V]) -> None:
         self._work = work
-        self._value: Any = None
+        self._value: list[V] = []
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
     def _run(self) -> None:
         try:
-            self._value = self._work()
+            self._value.append(self._work())
         except BaseException as error:  # result() raises it
             self._error = error
 
@@ -469,12 +470,14 @@ class Background:
     def running(self) -> bool:
         return self._thread.is_alive()
 
-    def result(self, timeout: float = 10.0) -> Any:
+    def result(self, timeout: float = 10.0) -> V:
+        """What ``work`` returned."""
         self._thread.join(timeout)
         assert not self._thread.is_alive(), "still running: a deadlock"
         if self._error is not None:
             raise self._error
-        return self._value
+        (value,) = self._value
+        return value
 
     def errno(self) -> int:
         with pytest.raises(KernelError) as caught:

@@ -120,11 +120,11 @@ class Driver:
         self.made += 1
         return f"pt{self.made - 1}"
 
-    def domain_alloc_paging_flags(self, device: Device, flags: int, data: UserData | None) -> Any:
+    def domain_alloc_paging_flags(self, device: Device, flags: int, data: UserData | None) -> PagingDomain:
         self.log("alloc", device.name, f"{flags:#x}" if flags else "")
         return PagingDomain(self.log, self._label(), dirty=bool(flags & u.IOMMU_HWPT_ALLOC_DIRTY_TRACKING))
 
-    def domain_alloc_nested(self, device: Device, parent: Domain, flags: int, data: UserData) -> Any:
+    def domain_alloc_nested(self, device: Device, parent: Domain, flags: int, data: UserData) -> NestedDomain:
         self.log("nest", device.name, f"{flags:#x}" if flags else "")
         return NestedDomain(self.log, self._label())
 

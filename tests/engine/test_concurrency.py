@@ -43,7 +43,7 @@ def also(c: Caller) -> Caller:
     return Caller(c.world, context=c.context)
 
 
-def stopped_map(c: Caller, ioas: int) -> tuple[Gate, Background]:
+def stopped_map(c: Caller, ioas: int) -> tuple[Gate, Background[object]]:
     """A map of two pages at 0x1000 that waits in its page fault."""
     gate = Gate(c.proc, BUFFER)
     job = Background(lambda: c.do(map_struct(ioas, 0x1000, 2 * P), ARG + P))
@@ -166,7 +166,7 @@ class TestDomains:
         attach = Background(lambda: c.add_domain(ioas, domain))
         assert gate.reached.wait(10)
         other = also(c)
-        jobs = [
+        jobs: list[Background[object]] = [
             Background(lambda: other.map(ioas, 0x20000, P)),
             Background(lambda: unmap_range(c.table(ioas), 0x10000, 0x10FFF)),
             Background(lambda: c.table(ioas).reserve(0x30000, 0x30FFF, None)),
@@ -392,7 +392,7 @@ class TestChangeProcess:
             jobs.append(job)
             return []
 
-        jobs: list[Background] = []
+        jobs: list[Background[object]] = []
         monkeypatch.setattr("iommufd.engine.change_process._file_pages", slow)
         c.do(u.iommu_ioas_change_process())
         assert seen == [errno.EBUSY]

@@ -17,7 +17,7 @@ from iommufd.selftest.device import MockDevice
 from iommufd.selftest.nested import MockNestedDomain
 from iommufd.uapi import iommufd as u
 from iommufd.uapi import iommufd_test as t
-from iommufd.uapi.declare import Struct
+from iommufd.uapi.declare import Struct, members
 from tests.engine.fakes import ARG, ARRAY, Caller
 
 S = TypeVar("S", bound=Struct)
@@ -50,9 +50,9 @@ class Mock(Caller):
 
     @staticmethod
     def _fill(cmd: Struct) -> None:
-        fields: Any = cmd
-        fields.size = fields.size or cmd.SIZE
-        fields.op = OPS[type(cmd)]
+        fill = members(cmd)  # the head is every op's
+        fill.size = fill.size or cmd.SIZE
+        fill.op = OPS[type(cmd)]
 
     def raw_refuses(self, number: int, command: int, data: bytes) -> str:
         with pytest.raises(KernelError) as caught:

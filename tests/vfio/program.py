@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import struct
-from typing import Any
+from typing import Any, TypeAlias
 
 from iommufd.client.backends.software import SoftwareBackend
 from iommufd.client.backends.software.own_task import STRUCT
@@ -20,6 +20,10 @@ GET_STATUS, SET_CONTAINER, UNSET_CONTAINER, GET_DEVICE_FD = 0x3B67, 0x3B68, 0x3B
 BAD = 0x10  # an address nobody has
 
 
+Answer: TypeAlias = Any
+"""A result (a number, a tuple, bytes), or the errno's name: a test compares it with what it expects."""
+
+
 class Program:
     """``call`` and the rest give results, or the errno's name as text; structs come back changed in place."""
 
@@ -31,28 +35,28 @@ class Program:
         self.backend.close_all()
         self.machine.close()
 
-    def open(self, path: str, flags: int = os.O_RDWR) -> Any:
+    def open(self, path: str, flags: int = os.O_RDWR) -> Answer:
         try:
             return self.backend.open(path, flags)
         except OSError as error:
             return errno_name(error.errno or 0)
 
-    def cdev(self, address: str) -> Any:
+    def cdev(self, address: str) -> Answer:
         return self.open(f"/dev/vfio/devices/{self.machine.pci[address].node}")
 
-    def group(self, address: str) -> Any:
+    def group(self, address: str) -> Answer:
         return self.open(f"/dev/vfio/{self.machine.pci[address].group.node}")
 
     def close(self, fd: int) -> None:
         self.backend.close(fd)
 
-    def call(self, fd: int, cmd: int, arg: bytearray | int = 0) -> Any:
+    def call(self, fd: int, cmd: int, arg: bytearray | int = 0) -> Answer:
         try:
             return self.backend.ioctl(fd, cmd, arg)
         except OSError as error:
             return errno_name(error.errno or 0)
 
-    def ask(self, fd: int, cmd: int, layout: str, *values: int) -> Any:
+    def ask(self, fd: int, cmd: int, layout: str, *values: int) -> Answer:
         """A struct of ``layout``; its fields as they came back, or the errno's name."""
         buffer = bytearray(struct.pack("<" + layout, *values))
         result = self.call(fd, cmd, buffer)
@@ -76,23 +80,23 @@ class Program:
     def ioas(self, iommufd: int) -> int:
         return int(self.ask(iommufd, 0x3B81, "III", 12, 0, 0)[2])
 
-    def hwpt(self, iommufd: int, dev: int, pt: int, flags: int = 0) -> Any:
+    def hwpt(self, iommufd: int, dev: int, pt: int, flags: int = 0) -> Answer:
         """HWPT_ALLOC; the id, or the errno's name."""
         answer = self.ask(iommufd, 0x3B89, "IIIIIIIIQII", 48, flags, dev, pt, 0, 0, 0, 0, 0, 0, 0)
         return answer[4] if isinstance(answer, tuple) else answer
 
-    def map(self, iommufd: int, ioas: int, va: int, length: int, iova: int) -> Any:
+    def map(self, iommufd: int, ioas: int, va: int, length: int, iova: int) -> Answer:
         return self.call(iommufd, 0x3B85, bytearray(struct.pack("<IIIIQQQ", 40, 7, ioas, 0, va, length, iova)))
 
-    def destroy(self, iommufd: int, number: int) -> Any:
+    def destroy(self, iommufd: int, number: int) -> Answer:
         return self.call(iommufd, 0x3B80, bytearray(struct.pack("<II", 8, number)))
 
-    def set_compat(self, iommufd: int, ioas: int, op: int = 1) -> Any:
+    def set_compat(self, iommufd: int, ioas: int, op: int = 1) -> Answer:
         return self.call(iommufd, 0x3B88, bytearray(struct.pack("<IIHH", 12, ioas, op, 0)))
 
     # --- device files
 
-    def bind(self, fd: int, iommufd: int, argsz: int = 16, flags: int = 0) -> Any:
+    def bind(self, fd: int, iommufd: int, argsz: int = 16, flags: int = 0) -> Answer:
         """The DEVICE id, or the errno's name."""
         answer = self.ask(fd, BIND, "IIiIQ", argsz, flags, iommufd, 0, 0)
         return answer[3] if isinstance(answer, tuple) else answer
@@ -104,24 +108,24 @@ class Program:
         assert isinstance(number, int), number
         return fd, number
 
-    def attach(self, fd: int, pt: int, pasid: int | None = None) -> Any:
+    def attach(self, fd: int, pt: int, pasid: int | None = None) -> Answer:
         """The HWPT id, or the errno's name."""
         answer = self.ask(fd, ATTACH, "IIII", 16, pasid is not None, pt, pasid or 0)
         return answer[2] if isinstance(answer, tuple) else answer
 
-    def detach(self, fd: int, pasid: int | None = None) -> Any:
+    def detach(self, fd: int, pasid: int | None = None) -> Answer:
         return self.call(fd, DETACH, bytearray(struct.pack("<III", 12, pasid is not None, pasid or 0)))
 
-    def read(self, fd: int, offset: int, count: int) -> Any:
+    def read(self, fd: int, offset: int, count: int) -> Answer:
         """pread."""
         buffer = bytearray(count)
         return self._move(fd, buffer, offset, count, writing=False)
 
-    def write(self, fd: int, offset: int, data: bytes) -> Any:
+    def write(self, fd: int, offset: int, data: bytes) -> Answer:
         """pwrite."""
         return self._move(fd, bytearray(data), offset, len(data), writing=True)
 
-    def _move(self, fd: int, buffer: bytearray, offset: int, count: int, *, writing: bool) -> Any:
+    def _move(self, fd: int, buffer: bytearray, offset: int, count: int, *, writing: bool) -> Answer:
         file, task = self.file(fd), self.backend.task(buffer)
         try:
             done = (file.write if writing else file.read)(task, STRUCT, count, offset)
@@ -135,7 +139,7 @@ class Program:
     def set_config(self, fd: int, at: int, value: int, count: int) -> None:
         assert self.write(fd, CONFIG + at, value.to_bytes(count, "little")) == count
 
-    def irqs(self, fd: int, flags: int, index: int, start: int, count: int, data: bytes = b"") -> Any:
+    def irqs(self, fd: int, flags: int, index: int, start: int, count: int, data: bytes = b"") -> Answer:
         head = struct.pack("<IIIII", 20 + len(data), flags, index, start, count)
         return self.call(fd, SET_IRQS, bytearray(head + data))
 
