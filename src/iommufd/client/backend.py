@@ -49,3 +49,13 @@ class Backend(Protocol):
     def fileno(self, fd: int) -> int:
         """The number other system calls know the descriptor by (identity in both backends)."""
         ...
+
+
+METHODS = ("open", "ioctl", "read", "write", "poll", "mmap", "close", "fileno")
+
+
+def check_calls(backend: object) -> None:
+    """TypeError unless ``backend`` has the eight calls."""
+    missing = [name for name in METHODS if not callable(getattr(backend, name, None))]
+    if missing:
+        raise TypeError(f"{type(backend).__name__} is no backend: it lacks {', '.join(missing)}")

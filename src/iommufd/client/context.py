@@ -14,6 +14,7 @@ import os
 import warnings
 from typing import TYPE_CHECKING, Self, TypeVar
 
+from iommufd.client.backend import check_calls
 from iommufd.client.calls import filled, pack
 from iommufd.client.errors import IommufdError
 from iommufd.client.handle import Handle
@@ -94,6 +95,7 @@ def choose(machine: object, backend: str | Backend | None, kernel: str | None) -
         return software(machine, kernel)
     if isinstance(backend, str):
         raise ValueError(f'a backend is "kernel" or "software", not {backend!r}')
+    check_calls(backend)
     return backend
 
 

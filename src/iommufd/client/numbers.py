@@ -43,7 +43,7 @@ def items(values: Iterable[T], what: str) -> list[T]:
     """``values`` as a list; TypeError when they are none."""
     try:
         each = iter(values)
-    except TypeError:
+    except (TypeError, SystemError):  # the latter is CPython 3.11's word for a released memoryview
         raise TypeError(f"{what} are a list or another iterable, not {type(values).__name__}") from None
     return list(each)
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from iommufd.client.backend import check_calls
 from iommufd.testing.conformance import checks
 from iommufd.testing.record import play
 from iommufd.testing.subject import Subject
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
     from iommufd.client.backend import Backend
     from iommufd.testing.system import System
 
-METHODS = ("open", "ioctl", "read", "write", "poll", "mmap", "close", "fileno")
 NEEDS = frozenset(("root", "hugepages", "processes", "capabilities", "vtd", "noiommu"))
 
 
@@ -62,9 +62,7 @@ def check_backend(
     a failure of the check, not of this function.
 
     TypeError for what is no backend, ValueError for names that mean nothing, RuntimeError without test hardware."""
-    missing = [name for name in METHODS if not callable(getattr(backend, name, None))]
-    if missing:
-        raise TypeError(f"{type(backend).__name__} is no backend: it lacks {', '.join(missing)}")
+    check_calls(backend)
     parts = tuple(only)
     every = checks()
     chosen = [check for check in every if not parts or any(part in check.name for part in parts)]

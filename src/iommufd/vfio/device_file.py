@@ -207,8 +207,10 @@ class DeviceFile(File):
     def get_irq_info(self, task: Task, arg: int) -> int:
         """VFIO_DEVICE_GET_IRQ_INFO."""
         info = v.vfio_irq_info.unpack(task.read(arg, 16))
-        if info.argsz < 16 or info.index >= v.VFIO_PCI_NUM_IRQS:
-            raise KernelError(errno.EINVAL, f"argsz {info.argsz} or interrupt index {info.index} is not possible")
+        if info.argsz < 16:
+            raise KernelError(errno.EINVAL, f"argsz {info.argsz} is less than 16")
+        if info.index >= v.VFIO_PCI_NUM_IRQS:
+            raise KernelError(errno.EINVAL, f"{self.device.name} has no interrupt index {info.index}")
         interrupts = self.device.function.interrupts
         info.flags, info.count = interrupts.flags(info.index), interrupts.count(info.index)
         task.write(arg, info.pack())

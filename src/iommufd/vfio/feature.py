@@ -29,12 +29,21 @@ def check_feature(flags: int, argsz: int, supported: int, minimum: int) -> bool:
     EINVAL for an operation that is not, for none at all, and for a payload of less than ``minimum`` bytes."""
     wanted = flags & (GET | SET)
     if wanted & ~supported:
-        raise KernelError(errno.EINVAL, f"operations {wanted:#x} of feature {flags & v.VFIO_DEVICE_FEATURE_MASK}")
+        raise KernelError(
+            errno.EINVAL,
+            f"feature {flags & v.VFIO_DEVICE_FEATURE_MASK} cannot be {' and '.join(_words(wanted & ~supported))}",
+        )
     if flags & PROBE:
         return False
-    if not wanted or argsz < HEAD + minimum:
-        raise KernelError(errno.EINVAL, f"no operation in flags {flags:#x}, or argsz {argsz} is too small")
+    if not wanted:
+        raise KernelError(errno.EINVAL, f"flags {flags:#x} have neither GET nor SET")
+    if argsz < HEAD + minimum:
+        raise KernelError(errno.EINVAL, f"argsz {argsz} is less than {HEAD + minimum}")
     return True
+
+
+def _words(ways: int) -> list[str]:
+    return [word for way, word in ((GET, "read"), (SET, "set")) if ways & way]
 
 
 def feature(file: DeviceFile, task: Task, arg: int) -> int:
@@ -42,8 +51,10 @@ def feature(file: DeviceFile, task: Task, arg: int) -> int:
     argsz, flags = (int.from_bytes(part, "little") for part in _halves(task.read(arg, HEAD)))
     if argsz < HEAD:
         raise KernelError(errno.EINVAL, f"argsz {argsz} is less than {HEAD}")
-    if flags & ~KNOWN or (flags & GET and flags & SET and not flags & PROBE):
-        raise KernelError(errno.EINVAL, f"flags {flags:#x} are not known, or both GET and SET")
+    if flags & ~KNOWN:
+        raise KernelError(errno.EINVAL, f"flags {flags & ~KNOWN:#x} are not known")
+    if flags & GET and flags & SET and not flags & PROBE:
+        raise KernelError(errno.EINVAL, "GET and SET at once are for probing only")
     number = flags & v.VFIO_DEVICE_FEATURE_MASK
     device = file.device
     if number == v.VFIO_DEVICE_FEATURE_LOW_POWER_ENTRY:

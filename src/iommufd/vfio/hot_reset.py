@@ -76,8 +76,10 @@ def reset(file: DeviceFile, task: Task, arg: int) -> int:
     """VFIO_DEVICE_PCI_HOT_RESET: without descriptors on a bound cdev, with group descriptors on a group's file."""
     device = file.device
     head = v.vfio_pci_hot_reset.unpack(task.read(arg, HEAD))
-    if head.argsz < HEAD or head.flags:
-        raise KernelError(errno.EINVAL, f"argsz {head.argsz} is less than {HEAD}, or flags {head.flags:#x} are set")
+    if head.argsz < HEAD:
+        raise KernelError(errno.EINVAL, f"argsz {head.argsz} is less than {HEAD}")
+    if head.flags:
+        raise KernelError(errno.EINVAL, f"flags {head.flags:#x} are set; there are none")
     if bool(head.count) != file.group_fd:
         raise KernelError(errno.EINVAL, "groups are named exactly when the device was opened through one")
     _check_bus(device)

@@ -298,13 +298,16 @@ class Interrupts:
 def check_irq_set(head: v.vfio_irq_set, count: int | None) -> int:
     """The checks VFIO makes for every driver; the width of one item of data. ``count`` None: there is no such index."""
     known = v.VFIO_IRQ_SET_DATA_TYPE_MASK | v.VFIO_IRQ_SET_ACTION_TYPE_MASK
-    if head.argsz < HEAD or head.flags & ~known or count is None:
-        raise KernelError(
-            errno.EINVAL, f"argsz {head.argsz}, flags {head.flags:#x} or interrupt index {head.index} is not possible"
-        )
+    if head.argsz < HEAD:
+        raise KernelError(errno.EINVAL, f"argsz {head.argsz} is less than {HEAD}")
+    if head.flags & ~known:
+        raise KernelError(errno.EINVAL, f"flags {head.flags:#x} are not known")
+    if count is None:
+        raise KernelError(errno.EINVAL, f"there is no interrupt index {head.index}")
     if head.count + head.start > 2**32 - 1 or head.start >= count or head.start + head.count > count:
         raise KernelError(
-            errno.EINVAL, f"interrupts {head.start} to {head.start + head.count} of {count} at index {head.index}"
+            errno.EINVAL,
+            f"{head.count} interrupts from number {head.start} on: index {head.index} has {count}",
         )
     width = WIDTHS.get(head.flags & v.VFIO_IRQ_SET_DATA_TYPE_MASK)
     if width is None:
