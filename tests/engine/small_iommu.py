@@ -159,20 +159,6 @@ class SmallDriver:
         viommu.ops = self.ops
 
 
-class NoViommuDriver:
-    """A driver without any vIOMMU."""
-
-    name = "old"
-    identity_domain = None
-    user_pasid_table = False
-
-    def __init__(self) -> None:
-        self.blocked_domain = SmallBlocked()
-
-    def capable(self, device: Device, capability: Capability) -> bool:
-        return capability is Capability.CACHE_COHERENCY
-
-
 class Rig:
     """One context, an IOAS, a bound device, a nesting parent; ioctls by their struct."""
 

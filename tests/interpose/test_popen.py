@@ -69,6 +69,7 @@ def test_what_a_program_has_is_seen_while_it_runs_and_gone_when_it_ended(machine
     assert program.stdout.readline() == "ready\n"
     before = machine.snapshot()
     ioas = before.one(IoasView)
+    assert (ioas.area_at(0x1001FFF), ioas.area_at(0x1002000)) == (ioas.areas[0], None)
     assert [(area.first, area.length, area.pid, area.dma) for area in ioas.areas] == [
         (0x1000000, 8192, program.pid, True)
     ]

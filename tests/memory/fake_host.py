@@ -25,7 +25,6 @@ class FakeHost:
         self.shared = {} if shared is None else shared
         self.files: dict[int, int] = {}
         self.sizes: dict[int, int] = {}
-        self.queries = 0
         self.peeks = 0
         self.dead = False
         self.locked = 0
@@ -66,7 +65,6 @@ class FakeHost:
         self.private = {page: data for page, data in self.private.items() if not start <= page * P < end}
 
     def query(self, va: int) -> Vma | None:
-        self.queries += 1
         if self.dead:
             raise ProcessLookupError(errno.ESRCH, "gone")
         return next((vma for vma in self.vmas if vma.end > va), None)

@@ -80,15 +80,6 @@ class Comparison(RuleBasedStateMachine):
             with pytest.raises(KeyError):
                 self.index.remove(first)
 
-    @precondition(lambda self: self.naive.entries)
-    @rule(data=st.data())
-    def replace(self, data: st.DataObject) -> None:
-        at = data.draw(st.integers(0, len(self.naive.entries) - 1))
-        first, last, _ = self.naive.entries[at]
-        self.count += 1
-        self.index.replace(first, self.count)
-        self.naive.entries[at] = first, last, self.count
-
     @rule(a=points, b=points)
     def look(self, a: int, b: int) -> None:
         first, last = min(a, b), max(a, b)

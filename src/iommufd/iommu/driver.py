@@ -148,13 +148,3 @@ class HasViommus(Protocol):
     def viommu_init(self, viommu: DriverViommu, parent: PagingDomain, data: UserData | None) -> None:
         """Sets ``viommu.ops``."""
         ...
-
-
-@runtime_checkable
-class ProbesDevices(Protocol):
-    """The op by which hot-added devices find their driver: ``probe_device`` names the instance, KernelError ENODEV:
-    not mine."""
-
-    def probe_device(self, device: Device) -> Iommu: ...
-
-    def release_device(self, device: Device) -> None: ...

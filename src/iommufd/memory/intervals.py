@@ -284,13 +284,6 @@ class IntervalIndex(Generic[V]):
         self._tops.append(first)
         self._size = 1
 
-    def replace(self, first: int, value: V) -> None:
-        """Gives the interval that begins at ``first`` another value. KeyError when there is none."""
-        g, b, i = self._position(first)
-        if g < 0 or self._groups[g].firsts[b][i] != first:
-            raise KeyError(first)
-        self._groups[g].values[b][i] = value
-
     def clear(self) -> None:
         """Removes everything."""
         self._groups.clear()
