@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from iommufd.engine.world import World
     from iommufd.memory.frames import Extents
 
-ACCESS_RW_READ, ACCESS_RW_WRITE, ACCESS_RW_KTHREAD, ACCESS_RW_SLOW_PATH = 0, 1, 2, 4
+ACCESS_RW_WRITE, ACCESS_RW_KTHREAD, ACCESS_RW_SLOW_PATH = 1, 2, 4
 _NOT_AS_CALLER = ACCESS_RW_KTHREAD | ACCESS_RW_SLOW_PATH
 
 
