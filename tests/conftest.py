@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import os
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import FrameType
 
 import pytest
 from hypothesis import settings
@@ -20,3 +24,38 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if item.get_closest_marker("oracle"):
                 item.add_marker(absent)
+
+
+@pytest.fixture
+def fast_switches() -> Iterator[None]:
+    """Threads change places as often as they can."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(before)
+
+
+@pytest.fixture
+def garbage() -> Iterator[Callable[[], list[str]]]:
+    """Asked, what has become unreachable in cycles since the test began, or since it was asked last.
+
+    For code that the supervisor runs, where the cyclic collector is off."""
+    gc.collect()
+    gc.disable()
+    gc.set_debug(gc.DEBUG_SAVEALL)
+
+    def found() -> list[str]:
+        gc.collect()
+        kinds = [
+            f"frame of {o.f_code.co_qualname}"
+            if isinstance(o, FrameType)
+            else f"{type(o).__module__}.{type(o).__name__}"
+            for o in gc.garbage
+        ]
+        gc.garbage.clear()
+        return sorted(kinds)
+
+    yield found
+    gc.set_debug(0)
+    gc.garbage.clear()
+    gc.enable()

@@ -250,6 +250,15 @@ class FakeTask:
         self.owner.free_fds += 1
 
 
+def fails(number: int, call: Callable[[], object]) -> str:
+    """``call`` fails with ``number``; the sentence."""
+    with pytest.raises(KernelError) as caught:
+        call()
+    assert errno.errorcode[caught.value.errno] == errno.errorcode[number], caught.value.why
+    assert caught.value.why
+    return caught.value.why
+
+
 class Caller:
     """A process with a context open and memory at hand, making ioctls with structs.
 
@@ -293,11 +302,7 @@ class Caller:
 
     def refuses(self, number: int, struct: Struct, at: int = ARG) -> str:
         """An ioctl that fails with ``number``; the sentence."""
-        with pytest.raises(KernelError) as caught:
-            self.do(struct, at)
-        assert errno.errorcode[caught.value.errno] == errno.errorcode[number], caught.value.why
-        assert caught.value.why
-        return caught.value.why
+        return fails(number, lambda: self.do(struct, at))
 
     def after(self, kind: type[S], at: int = ARG) -> S:
         """The struct as it lies in memory now."""

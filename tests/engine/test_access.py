@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable
 from functools import partial
 
 import pytest
 
 from iommufd.engine.access import ACCESS_RW_KTHREAD, ACCESS_RW_SLOW_PATH, ACCESS_RW_WRITE, Access, AccessOps
-from iommufd.errors import KernelError
 from iommufd.memory.extents import pfn_at, read_extents, total
 from iommufd.memory.hostfile import HostFile
 from iommufd.memory.space import READ
@@ -22,24 +20,13 @@ from tests.engine.fakes import (
     Caller,
     Gate,
     TestDmaBuf,
+    fails,
     map_struct,
     pinned_frames,
 )
 
 P = 4096
 R, W = u.IOMMU_IOAS_MAP_READABLE, u.IOMMU_IOAS_MAP_WRITEABLE
-
-
-@pytest.fixture
-def c() -> Caller:
-    return Caller()
-
-
-def fails(number: int, call: Callable[[], object]) -> str:
-    with pytest.raises(KernelError) as caught:
-        call()
-    assert errno.errorcode[caught.value.errno] == errno.errorcode[number], caught.value.why
-    return caught.value.why
 
 
 class TestLife:

@@ -6,7 +6,6 @@ import errno
 import random
 import threading
 import time
-from collections.abc import Iterator
 from functools import partial
 
 import pytest
@@ -31,11 +30,6 @@ from tests.engine.fakes import (
 
 P = 4096
 FAR = BUFFER + 0x200 * P  # memory no gate stands before
-
-
-@pytest.fixture
-def c() -> Caller:
-    return Caller()
 
 
 def also(c: Caller) -> Caller:
@@ -399,18 +393,7 @@ class TestChangeProcess:
         jobs[0].result()
 
 
-@pytest.fixture
-def switchy() -> Iterator[None]:
-    """Threads change places as often as they can."""
-    import sys
-
-    before = sys.getswitchinterval()
-    sys.setswitchinterval(1e-6)
-    yield
-    sys.setswitchinterval(before)
-
-
-def test_stress(c: Caller, switchy: None) -> None:
+def test_stress(c: Caller, fast_switches: None) -> None:
     """Every operation of an IOAS against every other; documented errnos only, and nothing left at the end."""
     ioas = c.ioas()
     fine = {errno.EEXIST, errno.ENOENT, errno.EBUSY, errno.EINVAL, errno.ENOSPC, errno.EADDRINUSE, errno.EPERM}

@@ -16,11 +16,6 @@ R, W = u.IOMMU_IOAS_MAP_READABLE, u.IOMMU_IOAS_MAP_WRITEABLE
 P = 4096
 
 
-@pytest.fixture
-def c() -> Caller:
-    return Caller()
-
-
 def syz(dst: int, src: int, n: int, offset: int = 0, flags: int = R) -> u.iommu_ioas_copy:
     return copy_struct(dst, src, offset << 32 | n, P, flags=flags | 1 << 16)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable
 
 import pytest
 
@@ -15,22 +14,10 @@ from iommufd.errors import KernelError
 from iommufd.memory.space import READ
 from iommufd.uapi import iommufd as u
 from iommufd.uapi.commands import BY_NAME
-from tests.engine.fakes import ARG, ULMAX, Caller, each, make_world, map_struct
+from tests.engine.fakes import ARG, ULMAX, Caller, each, fails, make_world, map_struct
 
 PAGE_END = ARG + 0x2000  # nothing is mapped from here on
 ALLOC, DESTROY, MAP = 0x3B81, 0x3B80, 0x3B85
-
-
-@pytest.fixture
-def c() -> Caller:
-    return Caller()
-
-
-def fails(number: int, call: Callable[[], object]) -> str:
-    with pytest.raises(KernelError) as caught:
-        call()
-    assert errno.errorcode[caught.value.errno] == errno.errorcode[number], caught.value.why
-    return caught.value.why
 
 
 def le(*words: int) -> bytes:

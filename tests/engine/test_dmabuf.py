@@ -20,11 +20,6 @@ FD = 5
 
 
 @pytest.fixture
-def c() -> Caller:
-    return Caller()
-
-
-@pytest.fixture
 def buffer(c: Caller) -> TestDmaBuf:
     made = TestDmaBuf(c.world, 16)
     c.proc.files[FD] = lambda: made

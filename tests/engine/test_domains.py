@@ -3,31 +3,17 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable
 
 import pytest
 
 from iommufd.engine.task import CAP_IPC_LOCK, CAP_SYS_RESOURCE
-from iommufd.errors import KernelError
 from iommufd.iommu.extent_domain import ExtentDomain
 from iommufd.memory.space import READ
 from iommufd.uapi import iommufd as u
-from tests.engine.fakes import BUFFER, ULMAX, Caller, FakeFile, copy_struct, frames_of, map_struct, pinned_frames
+from tests.engine.fakes import BUFFER, ULMAX, Caller, FakeFile, copy_struct, fails, frames_of, map_struct, pinned_frames
 
 P = 4096
 R = u.IOMMU_IOAS_MAP_READABLE
-
-
-@pytest.fixture
-def c() -> Caller:
-    return Caller()
-
-
-def fails(number: int, call: Callable[[], object]) -> str:
-    with pytest.raises(KernelError) as caught:
-        call()
-    assert errno.errorcode[caught.value.errno] == errno.errorcode[number], caught.value.why
-    return caught.value.why
 
 
 class TestAlignment:

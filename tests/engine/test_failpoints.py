@@ -17,11 +17,6 @@ from tests.engine.fakes import ARRAY, BUFFER, ULMAX, Caller, copy_struct, domain
 P = 4096
 
 
-@pytest.fixture
-def c() -> Caller:
-    return Caller()
-
-
 def points(c: Caller, call: Callable[[], object]) -> list[str]:
     """The errnos of the call when its first, second, ... point fails, until it succeeds."""
     found: list[str] = []

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import errno
-import sys
 import threading
-from collections.abc import Iterator
 from contextlib import suppress
 from struct import pack
 
@@ -371,14 +369,6 @@ def test_nothing_arrives_for_an_ended_attach(rig: Rig) -> None:  # events 5 (1)
 
 
 # ---------------------------------------------------------------------------------------------------------- concurrency
-
-
-@pytest.fixture
-def fast_switches() -> Iterator[None]:
-    before = sys.getswitchinterval()
-    sys.setswitchinterval(1e-6)
-    yield
-    sys.setswitchinterval(before)
 
 
 def test_every_group_is_answered_once_whatever_races(rig: Rig, fast_switches: None) -> None:

@@ -15,11 +15,6 @@ from tests.engine.fakes import ARRAY, ULMAX, Caller, map_struct
 ARRAY_END = ARRAY + 0x100 * 4096
 
 
-@pytest.fixture
-def c() -> Caller:
-    return Caller()
-
-
 def ranges(c: Caller, ioas: int, room: int, at: int = ARRAY) -> u.iommu_ioas_iova_ranges:
     return u.iommu_ioas_iova_ranges(ioas_id=ioas, num_iovas=room, allowed_iovas=at)
 

@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import errno
-import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
-from types import FrameType
-
-import pytest
 
 from iommufd.engine.access import Access, AccessOps
 from iommufd.engine.task import CAP_SYS_RESOURCE
@@ -17,30 +13,6 @@ from iommufd.uapi import iommufd as u
 from tests.engine.fakes import ARRAY, ULMAX, Caller, FakeFile, TestDmaBuf, copy_struct, map_struct
 
 P = 4096
-
-
-@pytest.fixture
-def garbage() -> Iterator[Callable[[], list[str]]]:
-    """What has become unreachable in cycles since the test began."""
-    gc.collect()
-    gc.disable()
-    gc.set_debug(gc.DEBUG_SAVEALL)
-
-    def found() -> list[str]:
-        gc.collect()
-        kinds = [
-            f"frame of {o.f_code.co_qualname}"
-            if isinstance(o, FrameType)
-            else f"{type(o).__module__}.{type(o).__name__}"
-            for o in gc.garbage
-        ]
-        gc.garbage.clear()
-        return sorted(kinds)
-
-    yield found
-    gc.set_debug(0)
-    gc.garbage.clear()
-    gc.enable()
 
 
 def refuse(c: Caller, number: int, struct: u.iommu_ioas_map | u.iommu_ioas_unmap | u.iommu_ioas_copy) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import random
 import threading
-from collections.abc import Callable
 
 import pytest
 from hypothesis import given
@@ -16,7 +15,7 @@ from iommufd.engine.object import MAX_ID, Object
 from iommufd.engine.world import World
 from iommufd.errors import KernelError
 from iommufd.uapi import iommufd as u
-from tests.engine.fakes import Background, Caller
+from tests.engine.fakes import Background, Caller, fails
 
 
 class Thing(Object):
@@ -49,13 +48,6 @@ def new(context: Context) -> Thing:
     return thing
 
 
-def why(number: int, call: Callable[[], object]) -> str:
-    with pytest.raises(KernelError) as caught:
-        call()
-    assert caught.value.errno == number
-    return caught.value.why
-
-
 class TestNumbers:
     """core 2.1."""
 
@@ -85,7 +77,7 @@ class TestNumbers:
     def test_full_table_is_ebusy(self, context: Context) -> None:
         new(context)
         context.objects._next = MAX_ID + 1
-        assert str(MAX_ID) in why(errno.EBUSY, lambda: context.objects.reserve(Thing(context)))
+        assert str(MAX_ID) in fails(errno.EBUSY, lambda: context.objects.reserve(Thing(context)))
 
 
 class TestStates:
@@ -93,23 +85,23 @@ class TestStates:
 
     def test_reserved(self, context: Context) -> None:
         thing = context.objects.reserve(Thing(context))
-        why(errno.ENOENT, lambda: context.objects.get(thing.id))
-        why(errno.ENOENT, lambda: context.objects.destroy(thing.id))
+        fails(errno.ENOENT, lambda: context.objects.get(thing.id))
+        fails(errno.ENOENT, lambda: context.objects.destroy(thing.id))
         assert len(context.objects) == 1
 
     def test_published_and_wrong_type(self, context: Context) -> None:
         thing = new(context)
         assert context.objects.get(thing.id) is thing
         assert context.objects.get(thing.id, Other, Thing) is thing
-        assert "THING" in why(errno.ENOENT, lambda: context.objects.get(thing.id, Other))
-        why(errno.ENOENT, lambda: context.objects.get(0))
-        why(errno.ENOENT, lambda: context.objects.get(77, Thing))
+        assert "THING" in fails(errno.ENOENT, lambda: context.objects.get(thing.id, Other))
+        fails(errno.ENOENT, lambda: context.objects.get(0))
+        fails(errno.ENOENT, lambda: context.objects.get(77, Thing))
 
     def test_tombstone(self, context: Context) -> None:
         thing = new(context)
         context.objects.entomb(thing)
-        why(errno.ENOENT, lambda: context.objects.get(thing.id))
-        why(errno.ENOENT, lambda: context.objects.destroy(thing.id))
+        fails(errno.ENOENT, lambda: context.objects.get(thing.id))
+        fails(errno.ENOENT, lambda: context.objects.destroy(thing.id))
         assert thing.log == ["destroy"]
         assert (len(context.objects), context.objects.tombstones) == (1, 1)
         assert new(context).id == 2
@@ -122,13 +114,13 @@ class TestDestroy:
 
     def test_row_1_and_2(self, context: Context) -> None:  # core-2.5-1, core-2.5-2, core-2.5-5
         thing = new(context)
-        why(errno.ENOENT, lambda: context.objects.destroy(0))
+        fails(errno.ENOENT, lambda: context.objects.destroy(0))
         context.objects.get(thing.id)
-        assert "1 time" in why(errno.EBUSY, lambda: context.objects.destroy(thing.id))
+        assert "1 time" in fails(errno.EBUSY, lambda: context.objects.destroy(thing.id))
         context.objects.put(thing)
         context.objects.destroy(thing.id)
         assert thing.log == ["destroy"]
-        why(errno.ENOENT, lambda: context.objects.destroy(thing.id))
+        fails(errno.ENOENT, lambda: context.objects.destroy(thing.id))
 
     def test_row_4_waits_for_stragglers(self, context: Context) -> None:  # core-2.5-4
         thing = new(context)

@@ -19,11 +19,6 @@ from tests.engine.fakes import BUFFER, ULMAX, Caller, TestDmaBuf, each, frames_o
 P = 4096
 
 
-@pytest.fixture
-def c() -> Caller:
-    return Caller()
-
-
 def unmap(ioas: int, iova: int, length: int) -> u.iommu_ioas_unmap:
     return u.iommu_ioas_unmap(ioas_id=ioas, iova=iova, length=length)
 

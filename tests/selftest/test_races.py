@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import errno
 import random
-import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from struct import pack
 
 import pytest
@@ -29,13 +28,7 @@ DOCUMENTED = {
     errno.ESPIPE,
 }
 
-
-@pytest.fixture(autouse=True)
-def fast_switches() -> Iterator[None]:
-    before = sys.getswitchinterval()
-    sys.setswitchinterval(1e-6)
-    yield
-    sys.setswitchinterval(before)
+pytestmark = pytest.mark.usefixtures("fast_switches")
 
 
 class Worker(Mock):

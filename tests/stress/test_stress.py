@@ -12,7 +12,6 @@ import threading
 import time
 import traceback
 from collections import Counter
-from collections.abc import Iterator
 
 import pytest
 
@@ -23,18 +22,10 @@ from iommufd.uapi import iommufd as u
 from iommufd.uapi import iommufd_test as t
 from tests.stress.operations import CROWDED, DESTROYERS, OPERATIONS, PASIDS, Arena, Operation, Shared, Worker
 
-pytestmark = pytest.mark.software
+pytestmark = [pytest.mark.software, pytest.mark.usefixtures("fast_switches")]
 THREADS = 16
 WANTED = 8
 STUCK = 60.0  # seconds without an operation finished, on a host that may be busy with other things
-
-
-@pytest.fixture(autouse=True)
-def fast_switches() -> Iterator[None]:
-    before = sys.getswitchinterval()
-    sys.setswitchinterval(1e-6)
-    yield
-    sys.setswitchinterval(before)
 
 
 class Racer(threading.Thread):

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import os
 import random
-import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 
@@ -29,14 +28,6 @@ ALLOWED = {
     "ENOTTY",
     "EPERM",
 }
-
-
-@pytest.fixture
-def quick_switches() -> Iterator[None]:
-    before = sys.getswitchinterval()
-    sys.setswitchinterval(1e-6)
-    yield
-    sys.setswitchinterval(before)
 
 
 class Worker:
@@ -105,7 +96,7 @@ class Worker:
         return actions.get(what, lambda: 0)()
 
 
-@pytest.mark.usefixtures("quick_switches")
+@pytest.mark.usefixtures("fast_switches")
 @pytest.mark.parametrize("seed", [1, 2])
 def test_everything_at_once(p: Program, seed: int) -> None:
     iommufds = [(fd, p.ioas(fd)) for fd in (p.iommufd(), p.iommufd())]
