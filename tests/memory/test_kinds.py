@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from iommufd.memory import kinds as kinds_module
 from iommufd.memory import proc
 from iommufd.memory.kinds import Kinds, file_kind, internal_shmem_device, kernel_page_size
 from iommufd.memory.proc import ProcHost
@@ -41,7 +42,7 @@ def test_by_name_and_device() -> None:
     [("rd wr mr mw me ms io pf dd", "special"), ("rd io", "special"), ("rd pf", "special"), ("rd wr sh mm", "ramfs")],
 )
 def test_device_memory_shows_in_smaps(monkeypatch: pytest.MonkeyPatch, flags: str, expected: str) -> None:
-    monkeypatch.setattr(Kinds, "_vm_flags", lambda self, start, end: flags.split())
+    monkeypatch.setattr(kinds_module, "_of_smaps", lambda pid, start, end, key: flags.split())
     kinds = Kinds(os.getpid())
     assert kind(kinds, NOWHERE, 5, "anon_inode:[something]") == expected
     assert kind(kinds, os.stat("/proc/self/maps").st_dev, 5, "/proc/something") == expected
@@ -52,10 +53,10 @@ def test_flags_of_a_real_mapping() -> None:
     here = ctypes.addressof(ctypes.c_char.from_buffer(memory))
     vma = ProcHost(os.getpid()).query(here)
     assert vma is not None
-    flags = Kinds(os.getpid())._vm_flags(vma.start, vma.end)
+    flags = kinds_module._of_smaps(os.getpid(), vma.start, vma.end, "VmFlags:")
     assert {"rd", "wr"} <= set(flags)
     assert not {"io", "pf"} & set(flags)
-    assert Kinds(os.getpid())._vm_flags(0x1000, 0x2000) == []
+    assert kinds_module._of_smaps(os.getpid(), 0x1000, 0x2000, "VmFlags:") == []
     assert kernel_page_size(os.getpid(), vma.start, vma.end) == P
 
 

@@ -175,20 +175,15 @@ def _writable_mapping(pid: int) -> int | None:
 def _contents(pid: int) -> Iterator[Finding]:
     query = bytearray(struct.pack("=15Q", 104, 0x10, *[0] * 13))[:104]
     found = _tries(f"/proc/{pid}/maps", PROCMAP_QUERY, query)
-    yield Finding(
-        OK if found else LESS,
-        "PROCMAP_QUERY",
-        "available" if found else "not available",
-        "" if found else "Linux 6.11 or later; without it pinning parses /proc/PID/maps",
-    )
+    yield _offered("PROCMAP_QUERY", found, "Linux 6.11 or later; without it pinning parses /proc/PID/maps")
     scan = bytearray(struct.pack("=12Q", 96, 0, 0, 4096, 0, 0, 0, 0, 0, 0, 8, 8))
     found = _tries(f"/proc/{pid}/pagemap", PAGEMAP_SCAN, scan)
-    yield Finding(
-        OK if found else LESS,
-        "PAGEMAP_SCAN",
-        "available" if found else "not available",
-        "" if found else "Linux 6.7 or later; without it untouched memory is copied too when pages are rescued",
-    )
+    without = "Linux 6.7 or later; without it untouched memory is copied too when pages are rescued"
+    yield _offered("PAGEMAP_SCAN", found, without)
+
+
+def _offered(name: str, found: bool, without: str) -> Finding:
+    return Finding(OK if found else LESS, name, "available" if found else "not available", "" if found else without)
 
 
 def _tries(path: str, request: int, argument: bytearray) -> bool:

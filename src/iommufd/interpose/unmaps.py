@@ -232,6 +232,13 @@ class Unmaps:
 
     # ---- exec and exit
 
+    def _known(self, trap: Trap) -> Thread | None:
+        """The caller, if it has been met; None for a stranger, and for one that was killed this instant."""
+        try:
+            return self._processes.known(trap.tid)
+        except OSError:
+            return None
+
     def execve(self, trap: Trap) -> Proceed:
         return self._exec(trap, AT_FDCWD, trap.args[0])
 
@@ -239,10 +246,7 @@ class Unmaps:
         return self._exec(trap, fd_of(trap.args[0]), trap.args[1])
 
     def _exec(self, trap: Trap, dirfd: int, addr: int) -> Proceed:
-        try:
-            thread = self._processes.known(trap.tid)
-        except OSError:
-            return PROCEED
+        thread = self._known(trap)
         if thread is None:
             return PROCEED
         self._processes.exec_announced(thread)
@@ -254,10 +258,7 @@ class Unmaps:
         return PROCEED
 
     def exit_group(self, trap: Trap) -> Proceed:
-        try:
-            thread = self._processes.known(trap.tid)
-        except OSError:
-            return PROCEED
+        thread = self._known(trap)
         if thread is None:
             return PROCEED
         self._processes.exit_announced(thread)

@@ -120,6 +120,16 @@ class DirtyState:
         high: int,
     ) -> None:
         """Marks the entry over ``iova + n * step`` for every set bit n of ``[low, high)``; all lie in the mapping."""
+
+        def mark_each(low: int, high: int) -> None:
+            done = 0  # everything below is marked already: a large entry is looked up once
+            for number in bitmap.each_set(source, low, high):
+                address = iova + number * step
+                if address >= done:
+                    at, size = mapping.entry(first, last, address, sizes)
+                    self.mark(first, last, mapping, sizes, at)
+                    done = at + size
+
         marks = self._marks.get(first)
         octets = source[low >> 3 : (high + 7) >> 3]
         many = len(octets) - octets.count(0) > FEW
@@ -130,11 +140,11 @@ class DirtyState:
                 self._spread(marks, mapping.uniform(first, last, sizes))
         uniform = marks.uniform if marks is not None else None
         if not many or uniform is None or marks is None or marks.bits is None:
-            self._mark_each(first, last, mapping, sizes, iova, step, source, low, high)
+            mark_each(low, high)
             return
         begin = max(low, -((iova - uniform.start) // step))  # the first bit inside the uniform part
         end = min(high, -((iova - uniform.end) // step))
-        self._mark_each(first, last, mapping, sizes, iova, step, source, low, min(begin, high))
+        mark_each(low, min(begin, high))
         if begin < end:
             bits = bitmap.of(source)
             base = iova - uniform.start
@@ -143,27 +153,7 @@ class DirtyState:
                 bitmap.or_into(marks.bits, begin + base // step, part, end - begin)
             else:
                 bitmap.scatter(marks.bits, bits, begin, end - begin, step, base, uniform.size)
-        self._mark_each(first, last, mapping, sizes, iova, step, source, max(begin, end), high)
-
-    def _mark_each(
-        self,
-        first: int,
-        last: int,
-        mapping: Mapping,
-        sizes: int,
-        iova: int,
-        step: int,
-        source: bytes,
-        low: int,
-        high: int,
-    ) -> None:
-        done = 0  # everything below is marked already: a large entry is looked up once
-        for number in bitmap.each_set(source, low, high):
-            address = iova + number * step
-            if address >= done:
-                at, size = mapping.entry(first, last, address, sizes)
-                self.mark(first, last, mapping, sizes, at)
-                done = at + size
+        mark_each(max(begin, end), high)
 
     def take(
         self, first: int, last: int, mapping: Mapping, sizes: int, low: int, high: int, clear: bool

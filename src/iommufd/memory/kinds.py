@@ -68,7 +68,7 @@ class Kinds:
         if kind is None:
             kind = self._look_up(dev)
         if kind == "odd":
-            flags = self._vm_flags(start, end)
+            flags = _of_smaps(self._pid, start, end, "VmFlags:")
             if "io" in flags or "pf" in flags:
                 return "special"
             return "ramfs"  # nothing here is ever written back
@@ -90,23 +90,9 @@ class Kinds:
         # Not mounted here: a disk of another mount namespace, or an internal mount (anonymous inodes, DRM, dma-buf).
         return devices.setdefault(dev, "other" if os.major(dev) else "odd")
 
-    def _vm_flags(self, start: int, end: int) -> list[str]:
-        header = f"{start:08x}-{end:08x} "
-        try:
-            with open(f"/proc/{self._pid}/smaps", encoding="utf-8", errors="surrogateescape") as lines:
-                for line in lines:
-                    if line.startswith(header):
-                        break
-                for line in lines:
-                    if line.startswith("VmFlags:"):
-                        return line.split()[1:]
-        except OSError:
-            pass
-        return []
 
-
-def kernel_page_size(pid: int, start: int, end: int) -> int:
-    """The page size of a mapping from smaps, for kernels without PROCMAP_QUERY."""
+def _of_smaps(pid: int, start: int, end: int, key: str) -> list[str]:
+    """The words that /proc/PID/smaps has under ``key`` for one mapping; none when it is gone or closed to us."""
     header = f"{start:08x}-{end:08x} "
     try:
         with open(f"/proc/{pid}/smaps", encoding="utf-8", errors="surrogateescape") as lines:
@@ -114,8 +100,14 @@ def kernel_page_size(pid: int, start: int, end: int) -> int:
                 if line.startswith(header):
                     break
             for line in lines:
-                if line.startswith("KernelPageSize:"):
-                    return int(line.split()[1]) << 10
-    except OSError:
+                if line.startswith(key):
+                    return line.split()[1:]
+    except OSError:  # as if it were not there
         pass
-    return 1 << PAGE_SHIFT
+    return []
+
+
+def kernel_page_size(pid: int, start: int, end: int) -> int:
+    """The page size of a mapping from smaps, for kernels without PROCMAP_QUERY."""
+    words = _of_smaps(pid, start, end, "KernelPageSize:")
+    return int(words[0]) << 10 if words else 1 << PAGE_SHIFT
