@@ -156,11 +156,12 @@ def test(checks: Sequence[str], out: Path) -> int:
 
 
 def client(out: Path) -> int:
-    """The Python client's own tests and the examples, unchanged, on the real kernel: with test hardware and with a
-    device behind an IOMMU that does DMA."""
-    words = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-m", "oracle"]
+    """The Python client's own tests, the pytest plugin and the examples, unchanged, on the real kernel: with test
+    hardware and with a device behind an IOMMU that does DMA."""
+    words = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
+    words += ["-m", "oracle or iommufd", "tests/client", "tests/testing/test_plugin.py", "tests/test_examples.py"]
     # CI: hypothesis keeps no database, which it could not write there
-    job = "tools/vm/bind-vfio > /dev/null\nCI=true " + shlex.join([*words, "tests/client", "tests/test_examples.py"])
+    job = "tools/vm/bind-vfio > /dev/null\nCI=true " + shlex.join(words)
     return boot(job, out, shlex.split(VFIO))
 
 

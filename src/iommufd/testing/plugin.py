@@ -22,7 +22,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Generator, Iterator
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
 
 import pytest
 
@@ -36,13 +36,16 @@ MARKER = (
     'backend is "software", "kernel" or "both"'
 )
 BACKENDS = {"software": ("software",), "kernel": ("kernel",), "both": ("software", "kernel")}
+OPEN = re.compile(r"a /dev/iommu context is still open")
 OURS = re.compile(r"/dev/iommu$|/dev/vfio/|anon_inode:\[(iommufd|vfio)|/memfd:iommufd")
 
 _passed = pytest.StashKey[bool]()
+_found = pytest.StashKey[list[str]]()  # what the context's fixture found, for the machine's, which ends after it
 
 
-class Leak(AssertionError):
-    """A test left something alive; the message names it."""
+def _fail(message: str) -> NoReturn:
+    """Sentences without a traceback through pytest, which would say nothing about them."""
+    pytest.fail(message, pytrace=False)
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -54,16 +57,16 @@ _Options: TypeAlias = dict[str, Any]
 
 
 def _options(node: pytest.Item) -> _Options:
-    """The marker's arguments, nearest first, with the defaults. UsageError for those it does not have."""
+    """The marker's arguments, nearest first, with the defaults. A failure for those it does not have."""
     chosen: _Options = {"backend": "software", "machine": "mock", "kernel": None, "leaks": True}
     for marker in reversed(list(node.iter_markers("iommufd"))):
         unknown = [name for name in marker.kwargs if name not in chosen]
         if marker.args or unknown:
             what = f"no argument {unknown[0]!r}" if unknown else "named arguments only"
-            raise pytest.UsageError(f"{node.nodeid}: the marker iommufd has {what}; it has: {', '.join(chosen)}")
+            _fail(f"{node.nodeid}: the marker iommufd has {what}; it has: {', '.join(chosen)}")
         chosen.update(marker.kwargs)
     if chosen["backend"] not in BACKENDS:
-        raise pytest.UsageError(
+        _fail(
             f"{node.nodeid}: there is no backend {chosen['backend']!r} to test on; there are: {', '.join(BACKENDS)}"
         )
     return chosen
@@ -75,7 +78,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     backends = BACKENDS[_options(metafunc.definition)["backend"]]
     if "kernel" in backends and "iommufd_machine" in metafunc.definition.fixturenames:
         asked = metafunc.definition.nodeid
-        raise pytest.UsageError(
+        _fail(
             f"{asked}: a test that asks for iommufd_machine runs on software only; ask for iommufd_context, or leave "
             "backend out"
         )
@@ -109,8 +112,10 @@ def iommufd_machine(request: pytest.FixtureRequest) -> Iterator[Machine]:
     machine = _make(options["machine"], options["kernel"])
     try:
         yield machine
-        leaks = _left_by_programs(machine)
-        leaks += machine.leaks()
+        leaks = request.node.stash.get(_found, [])
+        told = any(leak.startswith("descriptor ") for leak in leaks)
+        leaks += _left_by_programs(machine)
+        leaks += [leak for leak in machine.leaks() if not (told and OPEN.match(leak))]
         leaks += [
             f"{user.locked_pages} pages are still charged to user {user.uid}"
             for user in machine.world.physical.users.values()
@@ -140,10 +145,12 @@ def iommufd_context(request: pytest.FixtureRequest, iommufd_backend: str) -> Ite
     finally:
         context.close()
         backend = context.backend
-    if machine is not None:
-        machine.left.clear()  # named above, with what the client knows of it
     leaks += _open_descriptors(backend, before)
-    _judge(request, options, leaks)
+    if machine is None:
+        _judge(request, options, leaks)
+        return
+    machine.left.clear()  # named above, with what the client knows of it
+    request.node.stash[_found] = leaks
 
 
 def _make(machine: object, kernel: str | None) -> Machine:
@@ -153,14 +160,15 @@ def _make(machine: object, kernel: str | None) -> Machine:
     if callable(machine):
         made = machine()
         if not isinstance(made, Machine):
-            raise pytest.UsageError(f"the marker's machine function made a {type(made).__name__}, not a Machine")
+            _fail(f"the marker's machine function made a {type(made).__name__}, not a Machine")
         return made
     if not isinstance(machine, str):
-        raise pytest.UsageError(f"the marker's machine is a name, a file or a function, not {machine!r}")
+        _fail(f"the marker's machine is a name, a file or a function, not {machine!r}")
     try:
         return preset(machine, kernel)
     except (ValueError, OSError) as error:
-        raise pytest.UsageError(f"the marker iommufd: {error}") from None
+        why = f"the marker iommufd: {error}"
+    _fail(why)
 
 
 def _left_by_programs(machine: Machine) -> list[str]:
@@ -172,7 +180,7 @@ def _alive(context: Context, machine: Machine | None) -> list[str]:
     """What the test has not closed."""
     if machine is None:
         return [f"{obj!r} was never closed" for obj in context.objects]
-    return [leak for leak in machine.leaks() if not re.match(r"a /dev/iommu context is still open", leak)]
+    return [leak for leak in machine.leaks() if not OPEN.match(leak)]
 
 
 def _descriptors() -> dict[int, str]:
@@ -181,7 +189,7 @@ def _descriptors() -> dict[int, str]:
     for name in os.listdir("/proc/self/fd"):
         try:
             link = os.readlink(f"/proc/self/fd/{name}")
-        except OSError:
+        except OSError:  # the one that listed them
             continue
         if OURS.match(link):
             found[int(name)] = link
@@ -201,4 +209,4 @@ def _open_descriptors(backend: Backend, before: dict[int, str]) -> list[str]:
 def _judge(request: pytest.FixtureRequest, options: _Options, leaks: list[str]) -> None:
     """Fails the teardown of a test that passed and left something alive."""
     if leaks and options["leaks"] and request.node.stash.get(_passed, False):
-        raise Leak("the test left alive:\n" + "\n".join(f"  {leak}" for leak in leaks))
+        _fail("\n".join(["the test left alive:", *(f"  {leak}" for leak in leaks)]))
