@@ -156,7 +156,7 @@ def test_device_memory_outlives_its_descriptor() -> None:
         for number in os.listdir("/proc/self/fd"):
             try:
                 found += "memfd:iommufd" in os.readlink(f"/proc/self/fd/{number}")
-            except FileNotFoundError:
+            except FileNotFoundError:  # the one that listed them
                 continue
         return found
 

@@ -194,7 +194,7 @@ class Race:
                 try:
                     w.do(u.iommu_destroy(id=obj.id))
                     gone += 1
-                except OSError:
+                except OSError:  # something still holds it: the next round
                     continue
             if not gone:
                 break

@@ -46,7 +46,7 @@ DENIED = (
 )
 
 S = TypeVar("S", bound="Struct")
-O = TypeVar("O", bound="Object")  # noqa: E741
+K = TypeVar("K", bound="Object")
 
 
 def open(machine: object = None, backend: str | Backend | None = None, *, kernel: str | None = None) -> Context:
@@ -156,9 +156,9 @@ class Context(Handle):
 
     def __del__(self) -> None:
         if getattr(self, "_fd", -1) >= 0:
-            with contextlib.suppress(Exception):
+            with contextlib.suppress(Exception):  # nobody hears what __del__ raises; a strict filter makes it raise
                 warnings.warn(f"unclosed {self!r}", ResourceWarning, stacklevel=2, source=self)
-            with contextlib.suppress(Exception):
+            with contextlib.suppress(Exception):  # likewise; at the end of the interpreter anything may be gone
                 self.close()
 
     # ----------------------------------------------------------------------------------------------------- raw calls
@@ -195,7 +195,7 @@ class Context(Handle):
 
         return open_vfio(where, self, token=token)
 
-    def adopt(self, kind: type[O], number_: int) -> O:
+    def adopt(self, kind: type[K], number_: int) -> K:
         """Takes over an object that exists already under ``number_`` (made by another process, or with :meth:`do`).
 
         ``context.adopt(IOAS, 1)``; for a device: ``context.adopt(Device, 3)``. Closing it here destroys it. The

@@ -17,13 +17,15 @@ import errno
 import os
 import time
 import weakref
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, SupportsIndex
 
 from iommufd.client.calls import refused, show
 from iommufd.client.errors import IommufdError
 from iommufd.client.numbers import instance, number, seconds
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from iommufd.client.backend import Backend
 
 FAILURES = (OSError, ValueError, RuntimeError, OverflowError)  # of a backend's call
@@ -84,7 +86,8 @@ class Handle:
         if not isinstance(done, list) or len(done) != 1:
             raise TypeError("done is a list of one number")
         done[0] = number(done[0], "done[0]")
-        many: Any = getattr(self.backend, "ioctl_many", None)
+        many: Callable[[int, int, bytearray, int, list[int]], None] | None
+        many = getattr(self.backend, "ioctl_many", None)
         self._busy.append(None)
         try:
             if many is not None:
@@ -214,9 +217,9 @@ class Handle:
             self._open.clear()
 
 
-def check_ioctl(cmd: object, arg: object) -> None:
+def check_ioctl(cmd: SupportsIndex, arg: object) -> None:
     """TypeError or ValueError, with a sentence, for what cannot be the arguments of an ioctl."""
-    number(cmd, "an ioctl's number", 2**32 - 1)  # type: ignore[arg-type]
+    number(cmd, "an ioctl's number", 2**32 - 1)
     if not isinstance(arg, bytearray | int):
         raise TypeError(f"an ioctl's argument is a bytearray or a number, not {type(arg).__name__}")
 

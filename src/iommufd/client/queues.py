@@ -73,7 +73,7 @@ class Queue(Object, Generic[R]):
     def _next(self) -> R | None:
         try:
             return self._ready.popleft()
-        except IndexError:
+        except IndexError:  # none in store
             pass
         if self._fill():
             try:

@@ -124,7 +124,7 @@ class Door:
                 while not self._realm.closed and not tree.over.wait(0.2) and not tree.listener.over():
                     pass  # a killed launcher's program may live on for a moment, its orphans for longer
                 tree.finish()
-        except OSError:
+        except OSError:  # the other end is gone, and with it what there was to tell
             pass
         finally:
             self._connections.discard(connection)

@@ -59,7 +59,7 @@ class Descriptors:
             return self.behind(f"/proc/{tid}/fd/{fd}")
         except PermissionError:
             say_unreadable(tid)
-        except OSError:
+        except OSError:  # closed, or the thread is gone
             pass
         return None
 
@@ -170,6 +170,6 @@ def descriptor_flags(tid: int, fd: int) -> int | None:
             for line in info:
                 if line.startswith(b"flags:"):
                     return int(line.split()[1], 8)
-    except OSError:
+    except OSError:  # no such descriptor, or no such thread any more
         pass
     return None

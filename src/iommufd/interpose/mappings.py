@@ -68,7 +68,7 @@ def count(carrier: Carrier, members: Iterable[int]) -> dict[int, int]:
         try:
             with open(f"/proc/{pid}/maps", "rb") as maps:
                 lines = [line for line in maps if needle in line]
-        except OSError:
+        except OSError:  # it is gone, and its mappings with it
             continue
         for line in lines:
             index = bisect_right(starts, int(line.split(None, 3)[2], 16)) - 1

@@ -286,7 +286,7 @@ class Resolver:
                 with os.scandir(path) as host:
                     for entry in host:
                         found[entry.name] = (entry.inode(), _type_of(entry))
-            except OSError:
+            except OSError:  # the host has no such directory: ours are all there is
                 pass
         from iommufd.interpose.status import of_node
 

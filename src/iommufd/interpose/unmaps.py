@@ -349,6 +349,6 @@ def is_alone(tgid: int, members: Iterable[int]) -> bool:
                 with open(f"/proc/{pid}/stat", "rb") as stat:
                     if stat.read().rpartition(b")")[2].split()[0] not in (b"Z", b"X"):
                         return False
-            except OSError:
+            except OSError:  # gone
                 continue
     return True

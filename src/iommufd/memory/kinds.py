@@ -85,7 +85,7 @@ class Kinds:
                     kind = rest.split()[0]
                     number = os.makedev(int(major), int(minor))
                     devices[number] = "odd" if kind in _ODD_TYPES else _BY_TYPE.get(kind, "other")
-        except OSError:
+        except OSError:  # closed to us: as if nothing were mounted
             pass
         # Not mounted here: a disk of another mount namespace, or an internal mount (anonymous inodes, DRM, dma-buf).
         return devices.setdefault(dev, "other" if os.major(dev) else "odd")

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from iommufd.client.calls import fields
 from iommufd.client.handle import Handle
 from iommufd.client.vfio import feature
+from iommufd.uapi.declare import members
 from iommufd.uapi.vfio import VFIO_DEVICE_FEATURE
 from iommufd.uapi.vfio.commands import DEVICE
 
@@ -36,8 +37,7 @@ class DeviceHandle(Handle):
 
 def ask(handle: Handle, cmd: int, question: S, size: int | None = None) -> S:
     """One call with a struct, of which the kernel is told ``size`` bytes (None: all)."""
-    members: Any = question
-    members.argsz = question.SIZE if size is None else size
+    members(question).argsz = question.SIZE if size is None else size
     data = bytearray(question.pack())
     handle.ioctl(cmd, data)
     return type(question).unpack(data)
@@ -45,16 +45,16 @@ def ask(handle: Handle, cmd: int, question: S, size: int | None = None) -> S:
 
 def query(handle: Handle, cmd: int, question: S) -> tuple[S, bytes]:
     """Asks with room for the whole answer: the struct, and all bytes of the answer (its chain included)."""
-    members: Any = question
     room = max(question.SIZE, 256)
     while True:
-        members.argsz = room
+        members(question).argsz = room
         data = bytearray(question.pack().ljust(room, b"\0"))
         handle.ioctl(cmd, data)
-        answer: Any = type(question).unpack(data)
-        if answer.argsz <= room:
+        answer = type(question).unpack(data)
+        wanted: int = members(answer).argsz
+        if wanted <= room:
             return answer, bytes(data)
-        room = answer.argsz
+        room = wanted
 
 
 def chain(data: bytes, offset: int) -> Iterator[tuple[int, int]]:

@@ -98,9 +98,9 @@ class MigrationStream:
 
     def __del__(self) -> None:
         if not self._handle.closed:
-            with contextlib.suppress(Exception):
+            with contextlib.suppress(Exception):  # as in Context: nobody hears what __del__ raises
                 warnings.warn(f"unclosed {self!r}", ResourceWarning, stacklevel=2, source=self)
-            with contextlib.suppress(Exception):
+            with contextlib.suppress(Exception):  # likewise
                 self.close()
 
     def __repr__(self) -> str:
