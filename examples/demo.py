@@ -49,8 +49,9 @@ def show(console: Console, line: str) -> None:
 
 def run(command: list[str], console: Console) -> tuple[int, str]:
     """Runs the command, showing its output as it comes; returns its exit code and all it printed."""
-    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                               text=True)
+    process = subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
     assert process.stdout is not None
     text = []
     for line in process.stdout:
@@ -68,23 +69,33 @@ def selftest(console: Console) -> None:
         if shutil.which("gcc") and tree:
             console.print("gcc and a kernel tree are here: [bold]make conformance[/] runs the kernel's own selftest.")
         else:
-            console.print("With gcc, [bold]make conformance[/] runs the kernel's own selftest program"
-                          " (KERNEL_SRC=/path/to/linux, or Debian's kernel source).")
+            console.print(
+                "With gcc, [bold]make conformance[/] runs the kernel's own selftest program"
+                " (KERNEL_SRC=/path/to/linux, or Debian's kernel source)."
+            )
         return
     command = [sys.executable, "-m", "iommufd", "run", "--machine", "mock", "--", str(built), "-f", "iommufd_ioas"]
     console.print(Text("$ iommufd run --machine mock -- selftests/iommufd -f iommufd_ioas", style="bold cyan"))
     done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
     report = collect(done.stdout.splitlines())
-    console.print(f"the kernel's own selftest, fixture iommufd_ioas: {len(report.passed())} of {report.planned} cases"
-                  " pass ([bold]make conformance[/] runs all of them)")
+    console.print(
+        f"the kernel's own selftest, fixture iommufd_ioas: {len(report.passed())} of {report.planned} cases"
+        " pass ([bold]make conformance[/] runs all of them)"
+    )
 
 
 def main() -> int:
     console = Console(highlight=False)
-    console.print(Panel("An unmodified program opens [bold]/dev/iommu[/], maps memory, and a device writes into it.\n"
-                        f"This host has {'a' if Path('/dev/iommu').exists() else 'no'} /dev/iommu; "
-                        f"you are {'root' if os.geteuid() == 0 else 'an ordinary user'}; the program is "
-                        f"[bold]{interpreter()}[/].", title="iommufd", border_style="cyan"))
+    console.print(
+        Panel(
+            "An unmodified program opens [bold]/dev/iommu[/], maps memory, and a device writes into it.\n"
+            f"This host has {'a' if Path('/dev/iommu').exists() else 'no'} /dev/iommu; "
+            f"you are {'root' if os.geteuid() == 0 else 'an ordinary user'}; the program is "
+            f"[bold]{interpreter()}[/].",
+            title="iommufd",
+            border_style="cyan",
+        )
+    )
     options = ["run", "--machine", "mock", "--explain", "--check", "--"]
     program = [interpreter(), "-u", str(HERE / "raw_ioctl.py")]
     shown = shlex.join(["iommufd", *options, "python3", "-u", "examples/raw_ioctl.py"])
@@ -93,11 +104,15 @@ def main() -> int:
 
     missing = [what for what in PROMISED if what not in text]
     if code != 1 or missing:
-        console.print(f"[bold red]demo: exit code {code} (1 was due: it left mappings behind)"
-                      + (f", not shown: {', '.join(missing)}" if missing else ""))
+        console.print(
+            f"[bold red]demo: exit code {code} (1 was due: it left mappings behind)"
+            + (f", not shown: {', '.join(missing)}" if missing else "")
+        )
         return 1
-    console.print("\nThe program saw an errno; [bold]--explain[/] said why. [bold]--check[/] named what it left behind"
-                  " and made the exit code 1, as for any leaking program.")
+    console.print(
+        "\nThe program saw an errno; [bold]--explain[/] said why. [bold]--check[/] named what it left behind"
+        " and made the exit code 1, as for any leaking program."
+    )
     selftest(console)
     return 0
 

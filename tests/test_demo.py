@@ -15,8 +15,16 @@ ROOT = Path(__file__).parent.parent
 @pytest.mark.interposed
 def test_the_demo_shows_what_it_promises(tmp_path: Path) -> None:
     """With an empty cache it must also do without a kernel tree."""
-    done = subprocess.run([sys.executable, "examples/demo.py"], cwd=ROOT, capture_output=True, text=True, check=False,
-                          stdin=subprocess.DEVNULL, env={**os.environ, "XDG_CACHE_HOME": str(tmp_path)}, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "examples/demo.py"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        stdin=subprocess.DEVNULL,
+        env={**os.environ, "XDG_CACHE_HOME": str(tmp_path)},
+        timeout=120,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "written by a device" in done.stdout
 

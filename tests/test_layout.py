@@ -38,8 +38,19 @@ def imports(graph: grimp.ImportGraph, importer: str, imported: str) -> Iterator[
 
 
 def test_the_contracts_of_pyproject_hold() -> None:
-    done = subprocess.run([sys.executable, "-c", "from importlinter.cli import lint_imports_command as c; c()",
-                           "--no-cache", "--no-logo"], cwd=ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            "from importlinter.cli import lint_imports_command as c; c()",
+            "--no-cache",
+            "--no-logo",
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -84,8 +95,13 @@ def test_nothing_is_left_for_later(path: Path) -> None:
 
 def modules_after(code: str) -> set[str]:
     """The modules a fresh interpreter has loaded after ``code``."""
-    done = subprocess.run([sys.executable, "-c", f"{code}\nimport sys\nprint(*sys.modules)"], check=True, text=True,
-                          stdin=subprocess.DEVNULL, capture_output=True)
+    done = subprocess.run(
+        [sys.executable, "-c", f"{code}\nimport sys\nprint(*sys.modules)"],
+        check=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+    )
     return set(done.stdout.split())
 
 

@@ -121,9 +121,19 @@ def execute(
     environment = dict(os.environ)
     if uid is not None:
         environment["HOME"] = str(cwd)
-    process = subprocess.Popen([str(word) for word in command], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                               stderr=subprocess.STDOUT, text=True, errors="replace", cwd=cwd, env=environment,
-                               user=uid, group=uid, extra_groups=None if uid is None else ())
+    process = subprocess.Popen(
+        [str(word) for word in command],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        cwd=cwd,
+        env=environment,
+        user=uid,
+        group=uid,
+        extra_groups=None if uid is None else (),
+    )
     timer = threading.Timer(timeout, process.kill)
     timer.start()
     report, tail = Report(), []
@@ -194,7 +204,7 @@ def explain(title: str, chosen: Sequence[str], report: Report) -> None:
     for name in chosen:
         case = report.cases.get(name)
         print(f"  {case.verdict.value if case else 'missing':<8}{name}")
-        for line in (case.lines[-6:] if case else []):
+        for line in case.lines[-6:] if case else []:
             print(f"          {line}")
 
 
@@ -218,8 +228,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"--as-nobody needs root to become uid {NOBODY}; an ordinary user runs without it", file=sys.stderr)
         return 2
     try:
-        programs = {name: path for name, path in kernel_tree.selftests().items()
-                    if name in (options.program or kernel_tree.PROGRAMS)}
+        programs = {
+            name: path
+            for name, path in kernel_tree.selftests().items()
+            if name in (options.program or kernel_tree.PROGRAMS)
+        }
         with ExitStack() as stack:
             return run_all(options, programs, stack, ordinary=options.as_nobody or not root)
     except kernel_tree.CannotBuild as failure:
@@ -264,8 +277,10 @@ def run_all(options: argparse.Namespace, programs: dict[str, Path], stack: ExitS
         print(f"conformance: no case of fixture {', '.join(fixtures)} in {', '.join(programs)}", file=sys.stderr)
         return 2
     programs = {name: path for name, path in programs.items() if order[name]}
-    expected = {name: [case for case in names(_text(LISTS / f"passing-{name}.txt")) if not fixtures or case in every]
-                for name in programs}
+    expected = {
+        name: [case for case in names(_text(LISTS / f"passing-{name}.txt")) if not fixtures or case in every]
+        for name in programs
+    }
     python, cwd, uid = Path(sys.executable), ROOT, None
     if options.as_nobody:
         python, programs, cwd = stack.enter_context(nobodys_copy(programs))
@@ -283,15 +298,16 @@ def run_all(options: argparse.Namespace, programs: dict[str, Path], stack: ExitS
     seconds: dict[str, float] = {}
     broken: list[str] = []
     for name, path in programs.items():
-        command = [python, "-m", "iommufd", "run", "--machine", options.machine, "--grant", GRANTED,
-                   "--", path]
+        command = [python, "-m", "iommufd", "run", "--machine", options.machine, "--grant", GRANTED, "--", path]
         command += [word for fixture in fixtures for word in ("-f", fixture)]
         start = time.monotonic()
         reports[name], code, tail = execute(command, Progress(name, len(order[name])), options.timeout, uid, cwd)
         seconds[name] = time.monotonic() - start
         if not reports[name].complete:
-            broken.append(f"{name} ended with exit code {code} after {len(reports[name].cases)} of {len(order[name])} "
-                          f"cases; its last words:\n    " + "\n    ".join(tail[-12:]))
+            broken.append(
+                f"{name} ended with exit code {code} after {len(reports[name].cases)} of {len(order[name])} "
+                f"cases; its last words:\n    " + "\n    ".join(tail[-12:])
+            )
 
     print(table(reports, seconds))
     good = not broken

@@ -26,11 +26,21 @@ SUITES = ("trixie", "trixie-backports", "forky", "sid", "experimental")
 HERE = Path(__file__).resolve().parent
 
 # tool or file that must be there -> Debian package that brings it
-FOR_PROGRAMS = {"gcc": "gcc", "make": "make", "rsync": "rsync", "/usr/include/sys/capability.h": "libcap-dev",
-                "/usr/include/stdlib.h": "libc6-dev"}
+FOR_PROGRAMS = {
+    "gcc": "gcc",
+    "make": "make",
+    "rsync": "rsync",
+    "/usr/include/sys/capability.h": "libcap-dev",
+    "/usr/include/stdlib.h": "libc6-dev",
+}
 FOR_TREE = {"xz": "xz-utils", "tar": "tar", "dpkg": "dpkg"}
-FOR_KERNEL = {"flex": "flex", "bison": "bison", "bc": "bc", "/usr/include/libelf.h": "libelf-dev",
-              "/usr/include/openssl/ssl.h": "libssl-dev"}
+FOR_KERNEL = {
+    "flex": "flex",
+    "bison": "bison",
+    "bc": "bc",
+    "/usr/include/libelf.h": "libelf-dev",
+    "/usr/include/openssl/ssl.h": "libssl-dev",
+}
 
 
 class CannotBuild(Exception):
@@ -54,8 +64,9 @@ def cached(name: str) -> Path | None:
 
 def run(command: Sequence[str | Path], log: Path | None = None, cwd: Path | None = None) -> None:
     """Runs ``command`` quietly; CannotBuild with the end of its output when it fails."""
-    done = subprocess.run(command, cwd=cwd, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                          check=False)
+    done = subprocess.run(
+        command, cwd=cwd, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False
+    )
     if log is not None:
         log.write_bytes(done.stdout)
     if done.returncode:
@@ -65,8 +76,13 @@ def run(command: Sequence[str | Path], log: Path | None = None, cwd: Path | None
 
 def require(needs: dict[str, str]) -> None:
     """Installs (as root, with apt) the Debian packages behind what is missing, or says what to install."""
-    missing = sorted({package for need, package in needs.items()
-                      if not (Path(need).exists() if need.startswith("/") else shutil.which(need))})
+    missing = sorted(
+        {
+            package
+            for need, package in needs.items()
+            if not (Path(need).exists() if need.startswith("/") else shutil.which(need))
+        }
+    )
     if not missing:
         return
     if os.geteuid() or not shutil.which("apt-get"):
@@ -93,8 +109,17 @@ def tree() -> Tree:
         sources = path / "tools/testing/selftests/iommu"
         if not (sources / "iommufd.c").exists():
             raise CannotBuild(f"KERNEL_SRC={source} is not a Linux tree of 6.2 or later: it lacks {sources}/iommufd.c")
-        return Tree(path, "-" + _fingerprint([*sources.glob("*.[ch]"), path / "include/uapi/linux/iommufd.h",
-                                              path / "drivers/iommu/iommufd/iommufd_test.h"]))
+        return Tree(
+            path,
+            "-"
+            + _fingerprint(
+                [
+                    *sources.glob("*.[ch]"),
+                    path / "include/uapi/linux/iommufd.h",
+                    path / "drivers/iommu/iommufd/iommufd_test.h",
+                ]
+            ),
+        )
     name = f"linux-source-{VERSION}"
     return Tree(cached(name) or _fetch(name))
 
@@ -125,8 +150,12 @@ def _fetch(package: str) -> Path:
         (work / folder).mkdir(parents=True, exist_ok=True)
     keyring = "/usr/share/keyrings/debian-archive-keyring.gpg"
     signed = f"[signed-by={keyring}] " if Path(keyring).exists() else ""
-    options = ["-oDir::Etc::sourcelist=" + str(work / "sources.list"), "-oDir::Etc::sourceparts=-",
-               "-oDir::State::Lists=" + str(work / "lists"), "-oDir::Cache=" + str(work / "cache")]
+    options = [
+        "-oDir::Etc::sourcelist=" + str(work / "sources.list"),
+        "-oDir::Etc::sourceparts=-",
+        "-oDir::State::Lists=" + str(work / "lists"),
+        "-oDir::Cache=" + str(work / "cache"),
+    ]
     if os.geteuid() == 0:
         options.append("-oAPT::Sandbox::User=root")  # the cache of root is closed to _apt
     refused = []
@@ -190,8 +219,10 @@ def selftests() -> dict[str, Path]:
     for name, path in programs.items():
         say(f"compiling {name}.c")
         partial = path.with_suffix(".partial")
-        run(["gcc", "-O2", "-static", "-w", "-D_GNU_SOURCE=", *include, "-o", partial, f"{name}.c", "-lcap"],
-            cwd=own / "testing/selftests/iommu")
+        run(
+            ["gcc", "-O2", "-static", "-w", "-D_GNU_SOURCE=", *include, "-o", partial, f"{name}.c", "-lcap"],
+            cwd=own / "testing/selftests/iommu",
+        )
         partial.rename(path)
     return programs
 

@@ -33,8 +33,10 @@ from tools.selftest_report import Verdict, collect
 
 ROOT = Path(__file__).resolve().parent.parent
 TRANSCRIPTS = ROOT / "tests/conformance/transcripts" / f"linux-{kernel_tree.VERSION}"
-VFIO = ("-M q35,kernel-irqchip=split -device intel-iommu,intremap=on,aw-bits=48,snoop-control=on -device edu"
-        " -device pcie-pci-bridge,id=bridge -device edu,bus=bridge,addr=1 -device edu,bus=bridge,addr=2")
+VFIO = (
+    "-M q35,kernel-irqchip=split -device intel-iommu,intremap=on,aw-bits=48,snoop-control=on -device edu"
+    " -device pcie-pci-bridge,id=bridge -device edu,bus=bridge,addr=1 -device edu,bus=bridge,addr=2"
+)
 UNSAFE = "/sys/module/vfio/parameters/enable_unsafe_noiommu_mode"
 FOR_VM = {"qemu-system-x86_64": "qemu-system-x86", "/bin/busybox": "busybox-static"}
 ALARMS = re.compile(r"WARNING:|BUG:|Oops|general protection|Kernel panic|INFO: task .* blocked")
@@ -59,8 +61,10 @@ def initrd() -> Path:
         folder, program = stat.S_IFDIR | 0o755, stat.S_IFREG | 0o755
         files = [(name, folder, b"") for name in ("bin", "proc", "sys", "dev", "host", "out")]
         files += [("bin/busybox", program, busybox.read_bytes()), ("init", program, init.read_bytes())]
-        files += [(f"bin/{tool}", stat.S_IFLNK | 0o777, b"busybox")
-                  for tool in ("sh", "mount", "mkdir", "chmod", "chroot", "poweroff")]
+        files += [
+            (f"bin/{tool}", stat.S_IFLNK | 0o777, b"busybox")
+            for tool in ("sh", "mount", "mkdir", "chmod", "chroot", "poweroff")
+        ]
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_bytes(gzip.compress(b"".join(newc(files))))
     return target
@@ -80,12 +84,34 @@ def boot(job: str, out: Path, extra: Sequence[str] = (), timeout: float = 1800.0
     exports = "".join(f"export {name}={shlex.quote(value)}\n" for name, value in environment.items())
     (out / "job").write_text(f"{exports}cd {shlex.quote(str(ROOT))}\n{job}\n")
     (out / "keep").write_text("".join(f"{path}\n" for path in hidden([ROOT, Path(sys.prefix), Path(sys.base_prefix)])))
-    command = ["qemu-system-x86_64", *extra, *shlex.split(os.environ.get("QEMU_EXTRA", "")), "-accel", "tcg",
-               "-cpu", "max", "-m", "4G", "-smp", "2", "-display", "none", "-no-reboot",
-               "-serial", f"file:{out / 'console'}", "-kernel", str(kernel), "-initrd", str(initrd()),
-               "-append", "quiet console=ttyS0 panic=-1", "-virtfs",
-               "local,path=/,mount_tag=root,security_model=none,readonly=on,multidevs=remap",
-               "-virtfs", f"local,path={out},mount_tag=out,security_model=none"]
+    command = [
+        "qemu-system-x86_64",
+        *extra,
+        *shlex.split(os.environ.get("QEMU_EXTRA", "")),
+        "-accel",
+        "tcg",
+        "-cpu",
+        "max",
+        "-m",
+        "4G",
+        "-smp",
+        "2",
+        "-display",
+        "none",
+        "-no-reboot",
+        "-serial",
+        f"file:{out / 'console'}",
+        "-kernel",
+        str(kernel),
+        "-initrd",
+        str(initrd()),
+        "-append",
+        "quiet console=ttyS0 panic=-1",
+        "-virtfs",
+        "local,path=/,mount_tag=root,security_model=none,readonly=on,multidevs=remap",
+        "-virtfs",
+        f"local,path={out},mount_tag=out,security_model=none",
+    ]
     qemu = subprocess.Popen(command, stdin=subprocess.DEVNULL)
     deadline = time.monotonic() + timeout
     shown = {"stdout": 0, "stderr": 0}

@@ -39,9 +39,7 @@ def test_what_one_has(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Non
         (["default", "--kernel", "6.1"], "it came with 6.2"),
     ],
 )
-def test_a_wrong_name_is_one_sentence(
-    capsys: pytest.CaptureFixture[str], arguments: list[str], sentence: str
-) -> None:
+def test_a_wrong_name_is_one_sentence(capsys: pytest.CaptureFixture[str], arguments: list[str], sentence: str) -> None:
     assert main(arguments) == 1
     said = capsys.readouterr().err
     assert sentence in said

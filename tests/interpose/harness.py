@@ -134,9 +134,7 @@ class Supervised:
         assert outcome.code == code, outcome
         return outcome
 
-    def mock(
-        self, script: str, *args: str, options: Sequence[str] = (), code: int = 0
-    ) -> Outcome:
+    def mock(self, script: str, *args: str, options: Sequence[str] = (), code: int = 0) -> Outcome:
         """Runs a Python script on the machine ``mock`` of the real engine."""
         text = PREAMBLE + MOCK.replace("\\\\0", "\\0") + textwrap.dedent(script)
         run = [sys.executable, "-m", "iommufd", "run", "--machine", "mock", *options, "--"]

@@ -134,8 +134,7 @@ def test_a_killed_launcher_leaves_nothing_on_the_machine(tmp_path: Path) -> None
 def test_nobody_listens(tmp_path: Path) -> None:
     path = str(tmp_path / "s")
     said = (
-        f"iommufd: no machine listens at {path!r} (any more); "
-        f"start one with `iommufd run --listen {path} -- PROGRAM`\n"
+        f"iommufd: no machine listens at {path!r} (any more); start one with `iommufd run --listen {path} -- PROGRAM`\n"
     )
     assert asked("--attach", path, "--", "true") == (125, said)
     (tmp_path / "file").write_text("")

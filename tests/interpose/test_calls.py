@@ -107,7 +107,8 @@ def test_a_deferred_answer(supervised: Supervised) -> None:
 
 
 def test_a_deferred_call_of_a_killed_program_is_dropped(supervised: Supervised) -> None:
-    done = supervised.python("""
+    done = supervised.python(
+        """
         fd = os.open("/dev/iommu", os.O_RDWR)
         pid = os.fork()
         if pid == 0:
@@ -121,13 +122,16 @@ def test_a_deferred_call_of_a_killed_program_is_dropped(supervised: Supervised) 
                 break
             time.sleep(0.02)
         assert fcntl.ioctl(fd, COUNT) == 1
-    """, str(supervised.next_log()))
+    """,
+        str(supervised.next_log()),
+    )
     assert done.log == ["opened", "waiting", "dropped", "released 1"]
 
 
 def test_killed_in_the_middle_of_a_call(supervised: Supervised) -> None:
     """The call takes effect, the supervisor goes on, the file is released."""
-    done = supervised.python("""
+    done = supervised.python(
+        """
         keep = os.open("/dev/iommu", os.O_RDWR)
         for _ in range(5):
             pid = os.fork()
@@ -139,7 +143,9 @@ def test_killed_in_the_middle_of_a_call(supervised: Supervised) -> None:
             os.kill(pid, signal.SIGKILL)
             os.wait()
         assert fcntl.ioctl(keep, COUNT) == 1
-    """, str(supervised.next_log()))
+    """,
+        str(supervised.next_log()),
+    )
     assert done.log.count("opened") == 6
     assert sum(line.startswith("released") for line in done.log) == 6
 
@@ -187,7 +193,8 @@ def test_bad_pointers(supervised: Supervised) -> None:
 
 def test_files_that_a_call_returns(supervised: Supervised) -> None:
     """A descriptor inside a struct: reserved, written, installed; and nothing when the struct cannot be written."""
-    done = supervised.python("""
+    done = supervised.python(
+        """
         fd = os.open("/dev/iommu", os.O_RDWR)
         assert libc.ioctl(fd, QUEUE, ctypes.c_void_p(8)) == -1 and ctypes.get_errno() == errno.EFAULT
         before = os.listdir("/proc/self/fd")
@@ -209,7 +216,9 @@ def test_files_that_a_call_returns(supervised: Supervised) -> None:
         os.close(queue)
         os.stat("/")
         assert open(sys.argv[1]).read().split("\\n")[1:3] == ["queue released", "released 0"]
-    """, str(supervised.next_log()))
+    """,
+        str(supervised.next_log()),
+    )
     assert done.log == ["opened", "queue released", "released 0", "opaque released"]
 
 
@@ -254,7 +263,8 @@ def test_a_queue_wakes_who_polls(supervised: Supervised) -> None:
 
 def test_mappings_are_native_and_counted(supervised: Supervised) -> None:
     """core 1.7: each mapping, its copies by fork and its pieces hold the file, until all of it is unmapped."""
-    done = supervised.python("""
+    done = supervised.python(
+        """
         fd = os.open("/dev/iommu", os.O_RDWR)
         fails(errno.ENXIO, mmap.mmap, fd, 8192)
         memory = mmap.mmap(fd, 4096, offset=4096)
@@ -278,7 +288,9 @@ def test_mappings_are_native_and_counted(supervised: Supervised) -> None:
         memory.close()
         os.stat("/")
         assert "released 4" in open(sys.argv[1]).read()
-    """, str(supervised.next_log()))
+    """,
+        str(supervised.next_log()),
+    )
     assert [line for line in done.log if line.startswith("mappings")] == [
         "mappings 1", "mappings 2", "mappings 1", "mappings 2", "mappings 1", "mappings 0",
     ]  # fmt: skip
@@ -345,7 +357,8 @@ def test_a_tree_of_many_short_processes(supervised: Supervised) -> None:
 
 def test_after_a_long_silence(supervised: Supervised) -> None:
     """The supervisor sleeps when nothing happens; a release and a call wake it."""
-    done = supervised.python("""
+    done = supervised.python(
+        """
         fd, other = os.open("/dev/iommu", os.O_RDWR), os.open("/dev/iommu", os.O_RDWR)
         assert fcntl.ioctl(fd, COUNT) == 1
         time.sleep(1.2)
@@ -357,7 +370,9 @@ def test_after_a_long_silence(supervised: Supervised) -> None:
             time.sleep(0.01)
         time.sleep(1.2)
         assert fcntl.ioctl(fd, COUNT) == 2
-    """, str(supervised.next_log()))
+    """,
+        str(supervised.next_log()),
+    )
     assert done.log == ["opened", "opened", "released 0", "released 2"]
 
 

@@ -29,7 +29,8 @@ def test_open_ioctl_close(supervised: Supervised) -> None:
 
 
 def test_a_release_is_done_before_the_next_call_of_its_process(supervised: Supervised) -> None:
-    done = supervised.python("""
+    done = supervised.python(
+        """
         import re
         log = sys.argv[1]
         for _ in range(50):
@@ -38,7 +39,9 @@ def test_a_release_is_done_before_the_next_call_of_its_process(supervised: Super
             os.stat("/")  # any trapped call
             lines = open(log).read().split()
             assert lines.count("opened") == lines.count("released"), lines
-    """, str(supervised.next_log()))
+    """,
+        str(supervised.next_log()),
+    )
     assert len(done.log) == 100
 
 
@@ -113,7 +116,8 @@ def test_flags_and_close_on_exec(supervised: Supervised) -> None:
 
 
 def test_duplicates_are_the_same_context(supervised: Supervised) -> None:
-    done = supervised.python("""
+    done = supervised.python(
+        """
         fd = os.open("/dev/iommu", os.O_RDWR)
         copies = [os.dup(fd), fcntl.fcntl(fd, fcntl.F_DUPFD, 5), fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 5)]
         low = os.dup2(fd, 30)
@@ -135,7 +139,9 @@ def test_duplicates_are_the_same_context(supervised: Supervised) -> None:
         os.close(31)
         os.stat("/")
         assert "released 8" in open(sys.argv[1]).read()
-    """, str(supervised.next_log()))
+    """,
+        str(supervised.next_log()),
+    )
     assert done.log == ["opened", "released 8"]
 
 
@@ -161,7 +167,8 @@ def test_a_number_that_was_closed_is_not_remembered(supervised: Supervised) -> N
 
 
 def test_fork_shares_and_exec_keeps(supervised: Supervised) -> None:
-    done = supervised.python("""
+    done = supervised.python(
+        """
         fd = os.open("/dev/iommu", os.O_RDWR)
         os.set_inheritable(fd, True)
         secret = os.open("/dev/iommu", os.O_RDWR | os.O_CLOEXEC)
@@ -178,18 +185,23 @@ def test_fork_shares_and_exec_keeps(supervised: Supervised) -> None:
         assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 56
         os.close(secret)
         os.execv(sys.executable, [sys.executable, "-S", "-E", "-c", code, str(fd)])
-    """, code=78)
+    """,
+        code=78,
+    )
     assert done.log == ["opened", "opened", "released 0", "released 8"]
 
 
 def test_exec_drops_what_is_close_on_exec(supervised: Supervised) -> None:
-    done = supervised.python("""
+    done = supervised.python(
+        """
         fd = os.open("/dev/iommu", os.O_RDWR | os.O_CLOEXEC)
         fcntl.ioctl(fd, COUNT)
         code = "import ctypes, sys; c = ctypes.CDLL(None, use_errno=True); "
         code += "c.ioctl(int(sys.argv[1]), 0x3b81) == -1 and sys.exit(ctypes.get_errno())"
         os.execv(sys.executable, [sys.executable, "-S", "-E", "-c", code, str(fd)])
-    """, code=9)
+    """,
+        code=9,
+    )
     assert done.log == ["opened", "released 1"]
 
 
@@ -218,7 +230,8 @@ def test_threads_share(supervised: Supervised) -> None:
 
 def test_passing_a_descriptor_in_a_message(supervised: Supervised) -> None:
     """SCM_RIGHTS: a message in flight holds the file; the receiver's number is a low one."""
-    done = supervised.python("""
+    done = supervised.python(
+        """
         log = sys.argv[1]
         ours, theirs = socket.socketpair()
         fd = os.open("/dev/iommu", os.O_RDWR)
@@ -245,7 +258,9 @@ def test_passing_a_descriptor_in_a_message(supervised: Supervised) -> None:
         a.close(), b.close()
         os.stat("/")
         assert open(log).read().count("released") == 2
-    """, str(supervised.next_log()))
+    """,
+        str(supervised.next_log()),
+    )
     assert done.log == ["opened", "released 3", "opened", "released 0"]
 
 

@@ -48,22 +48,27 @@ def verdict(arch: Arch, name: str, *args: int, pin_tracking: bool = True, token:
 
 
 def test_the_assembler_resolves_labels() -> None:
-    program = bpf.assemble([
-        bpf.Instruction(bpf.LD_W_ABS, 0),
-        bpf.Instruction(bpf.JEQ_K, 5, "five", ""),
-        bpf.Instruction(bpf.RET_K, 1),
-        bpf.Label("five"),
-        bpf.Instruction(bpf.RET_K, 2),
-    ])
+    program = bpf.assemble(
+        [
+            bpf.Instruction(bpf.LD_W_ABS, 0),
+            bpf.Instruction(bpf.JEQ_K, 5, "five", ""),
+            bpf.Instruction(bpf.RET_K, 1),
+            bpf.Label("five"),
+            bpf.Instruction(bpf.RET_K, 2),
+        ]
+    )
     assert interpret(program, struct.pack("=I", 5)) == 2
     assert interpret(program, struct.pack("=I", 6)) == 1
 
 
-@pytest.mark.parametrize("lines", [
-    [bpf.Instruction(bpf.JEQ_K, 0, "far"), *[bpf.Instruction(bpf.RET_K)] * 256, bpf.Label("far")],
-    [bpf.Label("back"), bpf.Instruction(bpf.JEQ_K, 0, "back")],
-    [bpf.Label("twice"), bpf.Label("twice")],
-])
+@pytest.mark.parametrize(
+    "lines",
+    [
+        [bpf.Instruction(bpf.JEQ_K, 0, "far"), *[bpf.Instruction(bpf.RET_K)] * 256, bpf.Label("far")],
+        [bpf.Label("back"), bpf.Instruction(bpf.JEQ_K, 0, "back")],
+        [bpf.Label("twice"), bpf.Label("twice")],
+    ],
+)
 def test_the_assembler_refuses_what_bpf_cannot_say(lines: list[bpf.Line]) -> None:
     with pytest.raises(ValueError, match="label"):
         bpf.assemble(lines)
@@ -159,9 +164,17 @@ def test_every_rule_names_a_call_that_exists_somewhere(arch: Arch) -> None:
     assert len(set(arch.numbers.values())) == len(arch.numbers)
 
 
-@pytest.mark.parametrize(("limit", "expected"), [
-    (1024, (768, 1024)), (20000, (768, 1024)), (600, (344, 600)), (512, (256, 512)), (256, (128, 256)), (20, (10, 20)),
-])
+@pytest.mark.parametrize(
+    ("limit", "expected"),
+    [
+        (1024, (768, 1024)),
+        (20000, (768, 1024)),
+        (600, (344, 600)),
+        (512, (256, 512)),
+        (256, (128, 256)),
+        (20, (10, 20)),
+    ],
+)
 def test_the_range_fits_the_limit(limit: int, expected: tuple[int, int]) -> None:
     assert descriptor_range(limit) == expected
 

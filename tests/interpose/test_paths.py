@@ -34,7 +34,8 @@ def test_stat_access_readlink(supervised: Supervised) -> None:
 
 
 def test_relative_paths_and_links(supervised: Supervised, tmp_path: Path) -> None:
-    supervised.python("""
+    supervised.python(
+        """
         here = sys.argv[1]
         os.chdir(here)
         os.symlink("/dev/iommu", "absolute")
@@ -62,7 +63,9 @@ def test_relative_paths_and_links(supervised: Supervised, tmp_path: Path) -> Non
         own = os.open("/dev/vfio", os.O_RDONLY | os.O_DIRECTORY)
         assert fcntl.ioctl(os.open("vfio", os.O_RDWR, dir_fd=own), COUNT) == 1
         assert fcntl.ioctl(os.open("../iommu", os.O_RDWR, dir_fd=own), COUNT) == 1
-    """, str(tmp_path))
+    """,
+        str(tmp_path),
+    )
 
 
 def test_directories_list_what_the_host_and_the_machine_have(supervised: Supervised) -> None:
@@ -90,7 +93,8 @@ def test_directories_list_what_the_host_and_the_machine_have(supervised: Supervi
 
 
 def test_what_the_host_has_stays_as_it_is(supervised: Supervised, tmp_path: Path) -> None:
-    supervised.python("""
+    supervised.python(
+        """
         here = sys.argv[1]
         open(here + "/iommu", "w").write("mine")
         assert open(here + "/iommu").read() == "mine"
@@ -105,7 +109,9 @@ def test_what_the_host_has_stays_as_it_is(supervised: Supervised, tmp_path: Path
         assert os.readlink("/proc/self") == str(os.getpid())
         assert open("/dev/null", "rb").read() == b"" and open("/proc/self/maps").read()
         assert sorted(os.listdir("/proc/self/fd"))
-    """, str(tmp_path))
+    """,
+        str(tmp_path),
+    )
 
 
 LOOKS = r"""

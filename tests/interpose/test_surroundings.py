@@ -50,7 +50,8 @@ def test_inside_a_changed_root(supervised: Supervised, tmp_path: Path) -> None:
     (tmp_path / "etc/hello").write_text("inside")
     (tmp_path / "device").symlink_to("/dev/iommu")
     (tmp_path / "loop").symlink_to("etc/hello")
-    supervised.python("""
+    supervised.python(
+        """
         try:
             os.chroot(sys.argv[1])
         except PermissionError:
@@ -60,7 +61,9 @@ def test_inside_a_changed_root(supervised: Supervised, tmp_path: Path) -> None:
         fails(errno.ENOENT, os.stat, "/etc/passwd")
         for path in ("/dev/iommu", "/device", "device", "dev/iommu"):
             assert fcntl.ioctl(os.open(path, os.O_RDWR), COUNT) == 1
-    """, str(tmp_path))
+    """,
+        str(tmp_path),
+    )
 
 
 def test_tables_of_descriptors_that_threads_do_not_share(supervised: Supervised) -> None:
@@ -94,7 +97,8 @@ def test_tables_of_descriptors_that_threads_do_not_share(supervised: Supervised)
 
 
 def test_an_exec_by_another_thread_than_the_first(supervised: Supervised) -> None:
-    done = supervised.python("""
+    done = supervised.python(
+        """
         fd = os.open("/dev/iommu", os.O_RDWR)
         gone = os.open("/dev/iommu", os.O_RDWR | os.O_CLOEXEC)
         os.set_inheritable(fd, True)
@@ -103,7 +107,9 @@ def test_an_exec_by_another_thread_than_the_first(supervised: Supervised) -> Non
         args = [sys.executable, "-S", "-E", "-c", code, str(fd)]
         threading.Thread(target=os.execv, args=(sys.executable, args)).start()
         time.sleep(10)
-    """, code=2)
+    """,
+        code=2,
+    )
     assert done.log == ["opened", "opened", "released 0", "released 2"]
 
 

@@ -87,7 +87,8 @@ def test_guard_regions_cannot_be_pinned(supervised: Supervised) -> None:
 
 @pytest.mark.parametrize("how", ["grows and moves", "fixed", "shrinks", "grows in place"])
 def test_mremap_takes_the_frames_along(supervised: Supervised, how: str) -> None:
-    supervised.mock("""
+    supervised.mock(
+        """
         s, how = Setup(), sys.argv[1]
         area = private(64)
         va = area + 16 * page
@@ -114,7 +115,9 @@ def test_mremap_takes_the_frames_along(supervised: Supervised, how: str) -> None
         assert s.read(3) == b"cpu" and s.read(3, WINDOW + page) == b"cpu"
         s.write(b"dma")
         assert seen(new, 3) == b"dma"
-    """, how)
+    """,
+        how,
+    )
 
 
 def test_a_lower_break(supervised: Supervised) -> None:
@@ -158,7 +161,8 @@ assert s.read(5) == b"new 0"
 
 
 def test_exec_keeps_what_was_pinned(supervised: Supervised) -> None:
-    supervised.mock("""
+    supervised.mock(
+        """
         s = Setup()
         os.set_inheritable(s.fd, True)
         os.set_inheritable(s.access, True)
@@ -175,7 +179,9 @@ def test_exec_keeps_what_was_pinned(supervised: Supervised) -> None:
         fill(va, b"old", 2)
         numbers = [str(n) for n in (s.fd, s.ioas, s.access)]
         os.execv(sys.executable, [sys.executable, "-S", "-E", "-c", sys.argv[1], *numbers])
-    """, script_of(SECOND))
+    """,
+        script_of(SECOND),
+    )
 
 
 def script_of(text: str) -> str:
@@ -187,7 +193,8 @@ def script_of(text: str) -> str:
 @pytest.mark.parametrize("spawn", ["subprocess", "posix_spawn", "system"])
 def test_a_child_that_shares_the_memory_until_it_execs(supervised: Supervised, spawn: str) -> None:
     """vfork and posix_spawn: the child's exec and exit are not the parent's."""
-    supervised.mock("""
+    supervised.mock(
+        """
         s = Setup()
         va = private(2)
         fill(va, b"old", 2)
@@ -202,7 +209,9 @@ def test_a_child_that_shares_the_memory_until_it_execs(supervised: Supervised, s
             assert libc.system(b"true; exit 3") == 3 << 8
         fill(va, b"cpu", 2)
         assert s.read(5) == b"cpu 0" and s.is_page(va, 2)
-    """, spawn)
+    """,
+        spawn,
+    )
 
 
 def test_a_child_exits_and_its_frames_stay(supervised: Supervised) -> None:
@@ -276,7 +285,8 @@ def test_a_killed_child_loses_its_own_pages_and_nobody_elses(supervised: Supervi
 
 
 def test_without_pin_tracking_contents_go_with_the_address(supervised: Supervised) -> None:
-    supervised.mock("""
+    supervised.mock(
+        """
         s = Setup()
         va = private(2)
         fill(va, b"old", 2)
@@ -288,7 +298,9 @@ def test_without_pin_tracking_contents_go_with_the_address(supervised: Supervise
         fill(va, b"new")
         s.map(va, 2)
         assert s.read(3) == b"new"
-    """, options=["--no-pin-tracking"])
+    """,
+        options=["--no-pin-tracking"],
+    )
 
 
 def test_the_status_file_shows_what_is_pinned(supervised: Supervised) -> None:

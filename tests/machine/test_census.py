@@ -102,7 +102,16 @@ def test_many_mappings_are_counted_not_listed(program: Program) -> None:
     assert lines[-1] == f"IOAS {ioas} still maps 3 further areas"
 
 
-@pytest.mark.parametrize(("size", "text"), [(1, "1 byte"), (4097, "4097 bytes"), (4096, "4 KiB"), (3 << 20, "3 MiB"),
-                                            (1 << 40, "1024 GiB"), (2**64, "17179869184 GiB")])
+@pytest.mark.parametrize(
+    ("size", "text"),
+    [
+        (1, "1 byte"),
+        (4097, "4097 bytes"),
+        (4096, "4 KiB"),
+        (3 << 20, "3 MiB"),
+        (1 << 40, "1024 GiB"),
+        (2**64, "17179869184 GiB"),
+    ],
+)
 def test_amounts_of_memory(size: int, text: str) -> None:
     assert amount(size) == text

@@ -40,8 +40,12 @@ def report() -> Report:
 
 def test_every_case_is_read_once_and_in_order(report: Report) -> None:
     assert report.planned == 4 and report.complete
-    assert list(report.cases) == ["iommufd.simple_close", "iommufd_ioas.mock_domain.area",
-                                  "iommufd_viommu.no_viommu.hw_queue", "iommufd_ioas.mock_domain.copy_sweep"]
+    assert list(report.cases) == [
+        "iommufd.simple_close",
+        "iommufd_ioas.mock_domain.area",
+        "iommufd_viommu.no_viommu.hw_queue",
+        "iommufd_ioas.mock_domain.copy_sweep",
+    ]
 
 
 def test_a_skip_is_not_a_pass(report: Report) -> None:
@@ -99,25 +103,34 @@ iommufd_dirty_tracking domain_dirty8k            enforce_dirty
 
 def test_the_table_of_cases_is_variants_times_tests() -> None:
     assert conformance.listed(TABLE) == [
-        "iommufd.simple_close", "iommufd.cmd_fail",
-        "change_process.account_none.basic", "change_process.account_user.basic",
-        *(f"iommufd_dirty_tracking.{variant}.{test}" for variant in ("domain_dirty8k", "domain_dirty16k")
-          for test in ("enforce_dirty", "set_dirty_tracking", "get_dirty_bitmap"))]
+        "iommufd.simple_close",
+        "iommufd.cmd_fail",
+        "change_process.account_none.basic",
+        "change_process.account_user.basic",
+        *(
+            f"iommufd_dirty_tracking.{variant}.{test}"
+            for variant in ("domain_dirty8k", "domain_dirty16k")
+            for test in ("enforce_dirty", "set_dirty_tracking", "get_dirty_bitmap")
+        ),
+    ]
 
 
 def test_one_fixture_of_the_table() -> None:
     assert conformance.listed(TABLE, ["iommufd"]) == ["iommufd.simple_close", "iommufd.cmd_fail"]
 
 
-@pytest.mark.parametrize(("case", "mebibytes"), [
-    ("iommufd_ioas.two_mock_domain.access_domain_destory", 4),
-    ("iommufd_ioas.two_mock_domain.access_pin", 0),
-    ("iommufd_mock_domain.one_domain.basic", 0),
-    ("iommufd_mock_domain.one_domain_file_hugepage.basic", 4),
-    ("iommufd_dirty_tracking.domain_dirty128M.get_dirty_bitmap", 0),
-    ("iommufd_dirty_tracking.domain_dirty128M_huge.get_dirty_bitmap", 128),
-    ("vfio_compat_mock_domain.Ver1v0.huge_map", 4),
-])
+@pytest.mark.parametrize(
+    ("case", "mebibytes"),
+    [
+        ("iommufd_ioas.two_mock_domain.access_domain_destory", 4),
+        ("iommufd_ioas.two_mock_domain.access_pin", 0),
+        ("iommufd_mock_domain.one_domain.basic", 0),
+        ("iommufd_mock_domain.one_domain_file_hugepage.basic", 4),
+        ("iommufd_dirty_tracking.domain_dirty128M.get_dirty_bitmap", 0),
+        ("iommufd_dirty_tracking.domain_dirty128M_huge.get_dirty_bitmap", 128),
+        ("vfio_compat_mock_domain.Ver1v0.huge_map", 4),
+    ],
+)
 def test_which_cases_need_huge_pages(case: str, mebibytes: int) -> None:
     assert hugepages.need(case) == mebibytes << 20
 

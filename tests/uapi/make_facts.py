@@ -24,6 +24,7 @@ FACTS = HERE / "facts"
 # what old system headers lack and new uapi headers use
 DEFINES = ("-D__user=", "-D__counted_by(x)=", "-D__counted_by_le(x)=")
 
+
 def _gcc(*arguments: str, source: str | None = None) -> str:
     command = ["gcc", *DEFINES, *arguments]
     return subprocess.run(command, input=source, capture_output=True, text=True, check=True).stdout

@@ -89,6 +89,4 @@ class IGroup:
             raise KernelError(errno.EINVAL, f"HWPT {hwpt.id} was made without PASID; PASID {pasid} cannot use it")
         rid = self.attached.get(0)
         if rid is not None and not rid.hwpt.pasid_compat:
-            raise KernelError(
-                errno.EINVAL, f"the RID is attached to HWPT {rid.hwpt.id}, which was made without PASID"
-            )
+            raise KernelError(errno.EINVAL, f"the RID is attached to HWPT {rid.hwpt.id}, which was made without PASID")

@@ -26,9 +26,7 @@ class Report:
 
     __slots__ = ("bits", "count", "iova", "owned", "size")
 
-    def __init__(
-        self, iova: int, size: int, bits: Bits | None = None, count: int = 1, *, owned: bool = False
-    ) -> None:
+    def __init__(self, iova: int, size: int, bits: Bits | None = None, count: int = 1, *, owned: bool = False) -> None:
         self.iova = iova
         self.size = size
         self.bits = bits

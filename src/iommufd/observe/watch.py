@@ -66,9 +66,7 @@ def write(world: World, file: File, task: Task, addr: int, count: int, pos: int 
     return _transfer(world, "write", file, task, addr, count, lambda: file.write(task, addr, count, pos))
 
 
-def mmap(
-    world: World, file: File, task: Task, offset: int, length: int, prot: int, shared: bool
-) -> tuple[int, int]:
+def mmap(world: World, file: File, task: Task, offset: int, length: int, prot: int, shared: bool) -> tuple[int, int]:
     """The address the kernel chooses is not known here."""
     error: KernelError | None = None
     began = time.perf_counter()

@@ -75,9 +75,7 @@ class TestCommand:
 
     def _mock_domain(self, call: Call, cmd: t.test_mock_domain | t.test_mock_domain_flags) -> None:
         dev_flags = cmd.dev_flags if isinstance(cmd, t.test_mock_domain_flags) else 0
-        cmd.out_stdev_id, cmd.out_hwpt_id, cmd.out_idev_id = stdev.mock_domain(
-            call, self._driver, cmd.id, dev_flags
-        )
+        cmd.out_stdev_id, cmd.out_hwpt_id, cmd.out_idev_id = stdev.mock_domain(call, self._driver, cmd.id, dev_flags)
 
     @property
     def rows(self) -> list[tuple[Command, Handler, Respond]]:

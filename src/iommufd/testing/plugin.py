@@ -66,9 +66,7 @@ def _options(node: pytest.Item) -> _Options:
             _fail(f"{node.nodeid}: the marker iommufd has {what}; it has: {', '.join(chosen)}")
         chosen.update(marker.kwargs)
     if chosen["backend"] not in BACKENDS:
-        _fail(
-            f"{node.nodeid}: there is no backend {chosen['backend']!r} to test on; there are: {', '.join(BACKENDS)}"
-        )
+        _fail(f"{node.nodeid}: there is no backend {chosen['backend']!r} to test on; there are: {', '.join(BACKENDS)}")
     return chosen
 
 
