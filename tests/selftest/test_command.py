@@ -221,7 +221,7 @@ def test_check_map(m: Mock) -> None:  # mock-device 5.2
 
 
 def test_check_map_of_another_drivers_page_table(m: Mock) -> None:  # mock-device 5.2 row 2
-    m.find(m.auto, HwptPaging)._domain = ExtentDomain(0x1000)
+    m.find(m.auto, HwptPaging).domain = ExtentDomain(0x1000)
     m.op_refuses(errno.EINVAL, check(m))
 
 

@@ -81,12 +81,21 @@ class Hwpt(Object):
 class HwptPaging(Hwpt):
     """A kernel-managed page table that maps an IOAS."""
 
-    __slots__ = ("_in_ioas", "_listed", "auto_domain", "enforce_cache_coherency", "ioas", "msi_present", "nest_parent")
+    __slots__ = (
+        "_in_ioas",
+        "_listed",
+        "_paging_domain",
+        "auto_domain",
+        "enforce_cache_coherency",
+        "ioas",
+        "msi_present",
+        "nest_parent",
+    )
     kind = "HWPT_PAGING"
-    _domain: PagingDomain | None
 
     def __init__(self, context: Context, ioas: IOAS, *, pasid_compat: bool = False, nest_parent: bool = False) -> None:
         super().__init__(context, pasid_compat)
+        self._paging_domain: PagingDomain | None = None  # the domain again, as what it is
         self.ioas = ioas
         self.nest_parent = nest_parent
         self.auto_domain = False
@@ -99,12 +108,12 @@ class HwptPaging(Hwpt):
 
     @property
     def domain(self) -> PagingDomain:
-        assert self._domain is not None
-        return self._domain
+        assert self._paging_domain is not None
+        return self._paging_domain
 
     @domain.setter
     def domain(self, domain: PagingDomain) -> None:
-        self._domain = domain
+        self._domain = self._paging_domain = domain
 
     @property
     def paging(self) -> HwptPaging:
