@@ -10,6 +10,7 @@ import fcntl
 import mmap
 import os
 import struct
+import sys
 
 IOAS_ALLOC, IOVA_RANGES, MAP, UNMAP, TEST = 0x3B81, 0x3B84, 0x3B85, 0x3B86, 0x3BA0
 FIXED, WRITEABLE, READABLE = 1, 2, 4
@@ -18,13 +19,15 @@ MIB = 1 << 20
 iommu = os.open("/dev/iommu", os.O_RDWR)
 
 
-def ioctl(what: str, number: int, layout: str, *fields: int) -> tuple[int, ...]:
+def ioctl(what: str, number: int, layout: str, *fields: int, refusable: bool = False) -> tuple[int, ...]:
     """One ioctl: the struct starts with its own size. Returns the fields as the kernel left them."""
     buffer = bytearray(struct.pack(layout, struct.calcsize(layout), *fields))
     try:
         fcntl.ioctl(iommu, number, buffer)
     except OSError as error:
         print(f"{what}: {errno.errorcode[error.errno or 0]}")
+        if not refusable:
+            sys.exit("cannot go on")
         return ()
     answer: tuple[int, ...] = struct.unpack(layout, buffer)
     print(what)
@@ -60,7 +63,7 @@ print(f"    our memory at 0x40 now says {memory[0x40 : 0x40 + len(words)]!r}")
 os.close(access)
 
 # No kernel grants these. The program learns an errno; `iommufd run --explain` says why.
-ioctl("map over a mapping that exists", MAP, "IIIIQQQ", FIXED | rights, ioas, 0, here, MIB, 0x1080000)
-ioctl("unmap half of a mapping", UNMAP, "IIQQ", ioas, 0x1000000, MIB // 2)
+ioctl("map over a mapping that exists", MAP, "IIIIQQQ", FIXED | rights, ioas, 0, here, MIB, 0x1080000, refusable=True)
+ioctl("unmap half of a mapping", UNMAP, "IIQQ", ioas, 0x1000000, MIB // 2, refusable=True)
 
 print("leave, with both mappings still there")

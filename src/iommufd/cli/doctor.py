@@ -18,6 +18,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from iommufd.cli._text import wrapped
+
 OK, LESS, MISSING = "ok", "less", "missing"
 MARKS = {OK: "✓", LESS: "–", MISSING: "✗"}
 
@@ -305,9 +307,9 @@ def main(argv: Sequence[str]) -> int:
         print(f"{title}:")
         for finding in findings:
             missing += finding.state == MISSING
-            print(f"  {MARKS[finding.state]} {finding.what}: {finding.found}")
+            print(wrapped(f"  {MARKS[finding.state]} {finding.what}: {finding.found}", indent=4))
             if finding.fix:
-                print(f"      {finding.fix}")
+                print(wrapped(f"      {finding.fix}", indent=6))
     print()
     if missing:
         print(f"Programs cannot be run here: {missing} requirement{'s' if missing > 1 else ''} missing (✗).")

@@ -39,12 +39,14 @@ def load(name: str) -> SubCommand | None:
 
 
 def usage() -> str:
+    from iommufd.cli._text import wrapped
+
     lines = ["usage: iommufd SUB-COMMAND ARGUMENTS…", ""]
     lines += ["Linux's IOMMU user API (/dev/iommu), complete in user space.", ""]
     for name in sub_commands():
         module = load(name)
         first = (module.__doc__ or "").strip().partition("\n")[0] if module is not None else ""
-        lines.append(f"  {name:<10}{first.partition(': ')[2] or first}")
+        lines.append(wrapped(f"  {name:<10}{first.partition(': ')[2] or first}", indent=12))
     lines += ["", "`iommufd SUB-COMMAND --help` says more."]
     return "\n".join(lines)
 

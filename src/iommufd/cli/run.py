@@ -31,8 +31,9 @@ class _Parser(argparse.ArgumentParser):
 def parser() -> argparse.ArgumentParser:
     made = _Parser(
         prog="iommufd run",
-        usage="iommufd run [--machine NAME] [--kernel VERSION] [--explain] [--trace FILE] [--check] [--fail RULE] "
-        "[--grant CAP,…] [--listen SOCKET | --attach SOCKET] -- PROGRAM [ARG…]",
+        usage="iommufd run [--machine NAME] [--kernel VERSION] [--explain] [--trace FILE]\n"
+        "                   [--check] [--fail RULE] [--grant CAP,…] [--no-pin-tracking]\n"
+        "                   [--listen SOCKET | --attach SOCKET] -- PROGRAM [ARG…]",
         description="Run an unmodified program with a software /dev/iommu.",
     )
     made.add_argument(
