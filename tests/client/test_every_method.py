@@ -361,7 +361,7 @@ def test_from_many_threads() -> None:
                     continue
                 try:
                     attempt(rig, thing, name, way)
-                except BaseException as error:
+                except BaseException as error:  # judged below
                     wrong.append(f"{thing}.{name}: {error!r}")
 
         threads = [threading.Thread(target=work, args=(rig, seed)) for seed in range(4)]
@@ -412,12 +412,12 @@ def test_what_is_opened() -> None:
     for call in (
         lambda: iommufd.open(machine=5),
         lambda: iommufd.open(machine=b"mock"),
-        lambda: iommufd.open(machine="mock", kernel=6.6),  # type: ignore[arg-type]
+        lambda: iommufd.open(machine="mock", kernel=6.6),  # type: ignore[arg-type]  # wrong on purpose
         lambda: iommufd.open(machine="nowhere"),
         lambda: iommufd.open(backend="hardware"),
-        lambda: iommufd.open(backend=5),  # type: ignore[arg-type]
+        lambda: iommufd.open(backend=5),  # type: ignore[arg-type]  # wrong on purpose
         lambda: iommufd.open(machine="mock", backend="kernel"),
-        lambda: iommufd.vfio_open("0000:01:00.0", None),  # type: ignore[arg-type]
+        lambda: iommufd.vfio_open("0000:01:00.0", None),  # type: ignore[arg-type]  # wrong on purpose
     ):
         before = os.listdir("/proc/self/fd")
         with pytest.raises((TypeError, ValueError), match=r"\w+ \w+ \w+"):
