@@ -24,9 +24,13 @@ class Entry(Protocol):
     """One request: ``data_type`` tells the kernel what ``pack()`` gives."""
 
     @property
-    def data_type(self) -> int: ...
+    def data_type(self) -> int:
+        """The number of the kind, of the header's enumeration."""
+        ...
 
-    def pack(self) -> bytes: ...
+    def pack(self) -> bytes:
+        """The bytes of an entry, as the vendor's struct has them."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +41,7 @@ class RawEntry:
     data: bytes
 
     def pack(self) -> bytes:
+        """``data``, unchanged."""
         return self.data
 
 
@@ -52,6 +57,7 @@ class VTDInvalidation:
     data_type: ClassVar[int] = u.IOMMU_HWPT_INVALIDATE_DATA_VTD_S1
 
     def pack(self) -> bytes:
+        """The struct's bytes. ValueError for numbers that do not fit."""
         flags = u.IOMMU_VTD_INV_FLAGS_LEAF if self.leaf else 0
         return pack(u.iommu_hwpt_vtd_s1_invalidate(addr=self.addr, npages=self.npages, flags=flags))
 
@@ -68,6 +74,7 @@ class SMMUv3Invalidation:
     data_type: ClassVar[int] = u.IOMMU_VIOMMU_INVALIDATE_DATA_ARM_SMMUV3
 
     def pack(self) -> bytes:
+        """The command's two words. ValueError for numbers that do not fit."""
         return struct.pack("<QQ", number(self.low, "low"), number(self.high, "high"))
 
     @classmethod

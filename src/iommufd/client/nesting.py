@@ -17,9 +17,13 @@ class HwptData(Protocol):
     """The vendor's part of IOMMU_HWPT_ALLOC: ``data_type`` tells what ``pack()`` gives."""
 
     @property
-    def data_type(self) -> int: ...
+    def data_type(self) -> int:
+        """The number of the kind, of the header's enumeration."""
+        ...
 
-    def pack(self) -> bytes: ...
+    def pack(self) -> bytes:
+        """The bytes of the data, as the vendor's struct has them."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +34,7 @@ class RawData:
     data: bytes
 
     def pack(self) -> bytes:
+        """``data``, unchanged."""
         return self.data
 
 
@@ -48,6 +53,7 @@ class VTDStage1:
     data_type: ClassVar[int] = u.IOMMU_HWPT_DATA_VTD_S1
 
     def pack(self) -> bytes:
+        """The struct's bytes. ValueError for numbers that do not fit."""
         flags = (
             (u.IOMMU_VTD_S1_SRE if self.sre else 0)
             | (u.IOMMU_VTD_S1_EAFE if self.eafe else 0)
@@ -71,6 +77,7 @@ class SMMUv3Stage:
     data_type: ClassVar[int] = u.IOMMU_HWPT_DATA_ARM_SMMUV3
 
     def pack(self) -> bytes:
+        """The struct's bytes. ValueError for numbers that do not fit."""
         return u.iommu_hwpt_arm_smmuv3(ste=(number(self.word0, "word0"), number(self.word1, "word1"))).pack()
 
     @classmethod
@@ -130,6 +137,7 @@ class AMDGuest:
     data_type: ClassVar[int] = u.IOMMU_HWPT_DATA_AMD_GUEST
 
     def pack(self) -> bytes:
+        """The struct's bytes. ValueError for numbers that do not fit, or not four of them."""
         if len(self.dte) != 4:
             raise ValueError(f"a device table entry has 4 words, not {len(self.dte)}")
         return u.iommu_hwpt_amd_guest(dte=tuple(number(word, "dte") for word in self.dte)).pack()

@@ -73,18 +73,22 @@ class SMMUv3Event:
 
     @property
     def id(self) -> int:
+        """The event number (SMMUv3 manual, 7.3)."""
         return self.words[0] & 0xFF
 
     @property
     def name(self) -> str:
+        """The event as the manual calls it: ``"F_TRANSLATION"``."""
         return self.NAMES.get(self.id, f"event {self.id:#x}")
 
     @property
     def sid(self) -> int:
+        """The guest's stream id."""
         return self.words[0] >> 32
 
     @property
     def ssid(self) -> int | None:
+        """The substream id (PASID), None when the access had none."""
         return self.words[0] >> 12 & 0xFFFFF if self.words[0] >> 11 & 1 else None
 
     @property

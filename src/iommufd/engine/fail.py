@@ -273,6 +273,7 @@ class Injector:
         return made
 
     def remove_rule(self, rule: Rule) -> None:
+        """Calls no longer fail by ``rule``."""
         with self._lock:
             self.rules[:] = [r for r in self.rules if r is not rule]
             self._refresh()
@@ -389,6 +390,7 @@ class Shot:
 
     @property
     def fired(self) -> bool:
+        """Whether the point that was to fail was reached."""
         return self.injector.remaining(self.tid) == 0
 
 

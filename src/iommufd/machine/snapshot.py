@@ -52,6 +52,7 @@ class AreaView:
 
     @property
     def length(self) -> int:
+        """Bytes."""
         return self.last - self.first + 1
 
     @property

@@ -67,6 +67,7 @@ class Report:
 
     @property
     def ok(self) -> bool:
+        """Whether every answer is the recorded one."""
         return not self.differences
 
 

@@ -61,6 +61,7 @@ class Bar:
 
     @property
     def type_bits(self) -> int:
+        """The low bits of the register, which say what kind it is (PCI 3.0, 6.2.5.1)."""
         if self.kind is BarKind.IO:
             return 1
         return (4 if self.wide else 0) | (8 if self.prefetchable else 0)
@@ -112,6 +113,7 @@ class PciLayout:
                 raise ValueError(f"the MSI-X table at {self.msix_offset:#x} does not fit BAR {self.msix_bar}")
 
     def bar(self, index: int) -> Bar | None:
+        """BAR ``index``, None when there is none."""
         return self.bars[index] if index < len(self.bars) else None
 
     @property
@@ -126,6 +128,7 @@ class PciLayout:
 
     @property
     def config_size(self) -> int:
+        """Bytes of configuration space: 4096 of a PCI Express function, 256 of a conventional one."""
         return EXPRESS_SIZE if self.express else CONVENTIONAL_SIZE
 
 
@@ -274,10 +277,12 @@ class ConfigSpace:
 
     @property
     def command(self) -> int:
+        """The command register."""
         return self._get(COMMAND, 2)
 
     @property
     def power_state(self) -> int:
+        """0 (D0, awake) to 3 (D3hot), of the power management capability."""
         return self.value[self.pm_at + 4] & 3 if self.pm_at else D0
 
     @property

@@ -58,14 +58,17 @@ class Region:
 
     @property
     def readable(self) -> bool:
+        """Whether :meth:`read` is possible."""
         return bool(self.flags & v.VFIO_REGION_INFO_FLAG_READ)
 
     @property
     def writeable(self) -> bool:
+        """Whether :meth:`write` is possible."""
         return bool(self.flags & v.VFIO_REGION_INFO_FLAG_WRITE)
 
     @property
     def mappable(self) -> bool:
+        """Whether some of it can be mapped: :attr:`areas`."""
         return bool(self.areas)
 
     def read(self, offset: int, count: int) -> bytes:
