@@ -29,7 +29,6 @@ from iommufd.client.mapping import (
     WRITE,
     Mapping,
     span,
-    views_of,
 )
 from iommufd.client.numbers import U64, instance, items, number, pair, part, plural, size
 from iommufd.client.objects import PageTable
@@ -237,7 +236,7 @@ class IOAS(PageTable):
         origins = self._within(iova, iova + length - 1, touching=True)
         if writeable is None:
             writeable = all(origin.writeable for origin in origins)
-        views = views_of(origins)
+        views = _views(origins)
         try:
             answer = u.iommu_ioas_copy(
                 flags=(READ if readable else 0) | (WRITE if writeable else 0) | (0 if to is None else FIXED),
@@ -432,3 +431,16 @@ class IOAS(PageTable):
     def _describe(self) -> str:
         mapped = list(self._mappings.values())
         return f"{plural(len(mapped), 'mapping')}, {size(sum(m.length for m in mapped))}"
+
+
+def _views(mappings: list[Mapping]) -> tuple[memoryview, ...]:
+    """Holds of the buffers behind mappings, for a copy of them."""
+    views: list[memoryview] = []
+    for mapping in mappings:
+        keep = mapping._keep
+        for view in (keep,) if isinstance(keep, memoryview) else keep or ():
+            try:
+                views.append(memoryview(view))
+            except ValueError:  # unmapped by another thread at this moment: the copy will fail, too
+                continue
+    return tuple(views)

@@ -108,16 +108,3 @@ def span(iova: int | Mapping, length: int | None) -> tuple[int, int]:
     if length is None:
         raise TypeError("an IOVA needs a length")
     return number(iova, "iova"), number(length, "length")
-
-
-def views_of(mappings: list[Mapping]) -> tuple[memoryview, ...]:
-    """Holds of the buffers behind mappings, for a copy of them."""
-    views: list[memoryview] = []
-    for mapping in mappings:
-        keep = mapping._keep
-        for view in (keep,) if isinstance(keep, memoryview) else keep or ():
-            try:
-                views.append(memoryview(view))
-            except ValueError:  # unmapped by another thread at this moment: the copy will fail, too
-                continue
-    return tuple(views)
