@@ -116,6 +116,24 @@ API: dict[str, tuple[str, str, list[str]]] = {
             "iommufd.interpose.attach",
         ],
     ),
+    "uapi": (
+        "iommufd.uapi: the structs and numbers",
+        "``linux/iommufd.h`` and ``linux/vfio.h`` under the C names, to be had from ``iommufd.uapi.iommufd`` and ``.vfio``.",
+        [
+            "iommufd.uapi.declare",
+            "iommufd.uapi.iommufd.ioas",
+            "iommufd.uapi.iommufd.hwpt",
+            "iommufd.uapi.iommufd.hw_info",
+            "iommufd.uapi.iommufd.dirty",
+            "iommufd.uapi.iommufd.faults",
+            "iommufd.uapi.iommufd.viommu",
+            "iommufd.uapi.vfio.cdev",
+            "iommufd.uapi.vfio.device",
+            "iommufd.uapi.vfio.feature",
+            "iommufd.uapi.vfio.container",
+            "iommufd.uapi.vfio.group",
+        ],
+    ),
     "testing": (
         "iommufd.testing: for tests",
         "The pytest plugin, mock devices, checks of a backend, replays, failing calls on purpose.",
@@ -131,6 +149,10 @@ API: dict[str, tuple[str, str, list[str]]] = {
 }
 
 
+STRUCTS = ("iommufd.uapi.iommufd.", "iommufd.uapi.vfio.")
+EVERY_STRUCT = "ALIGN, C_NAME, FIELDS, FORMAT, SIZE, SINCE, pack, unpack"  # told once, of their base
+
+
 def write_api(app: Any) -> None:
     """The pages of the API reference, rewritten only when they change."""
     folder = ROOT / "docs/api"
@@ -140,6 +162,8 @@ def write_api(app: Any) -> None:
         text = f"{title}\n{'=' * len(title)}\n\n{about}\n"
         for module in modules:
             text += f"\n{module}\n{'-' * len(module)}\n\n.. automodule:: {module}\n"
+            if module.startswith(STRUCTS):
+                text += f"   :exclude-members: {EVERY_STRUCT}\n"
         pages[f"{name}.rst"] = text
     for old in folder.iterdir():
         if old.name not in pages:
