@@ -118,7 +118,7 @@ API: dict[str, tuple[str, str, list[str]]] = {
     ),
     "uapi": (
         "iommufd.uapi: the structs and numbers",
-        "``linux/iommufd.h`` and ``linux/vfio.h`` under the C names, to be had from ``iommufd.uapi.iommufd`` and ``.vfio``.",
+        "``linux/iommufd.h`` and ``linux/vfio.h`` under the C names, in ``iommufd.uapi.iommufd`` and ``.vfio``.",
         [
             "iommufd.uapi.declare",
             "iommufd.uapi.iommufd.ioas",
