@@ -53,7 +53,7 @@ def run(command: list[str], console: Console) -> tuple[int, str]:
         command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
     assert process.stdout is not None
-    text = []
+    text: list[str] = []
     for line in process.stdout:
         text.append(line)
         show(console, line.rstrip("\n"))

@@ -42,10 +42,10 @@ class Mapping:
     ) -> None:
         self._ioas = ioas
         self._keep = keep
-        self.iova = iova
-        self.length = length
-        self.readable = readable
-        self.writeable = writeable
+        self.iova: int = iova
+        self.length: int = length
+        self.readable: bool = readable
+        self.writeable: bool = writeable
 
     @property
     def ioas(self) -> IOAS:

@@ -63,11 +63,11 @@ class CType:
     __slots__ = ("code", "count", "name", "size", "width")
 
     def __init__(self, name: str, code: str, width: int, count: int | None = None) -> None:
-        self.name = name
-        self.code = code  # the letter of struct.Struct
-        self.width = width  # bytes of one element, which is also its alignment
-        self.count = count
-        self.size = width if count is None else width * count
+        self.name: str = name
+        self.code: str = code  # the letter of struct.Struct
+        self.width: int = width  # bytes of one element, which is also its alignment
+        self.count: int | None = count
+        self.size: int = width if count is None else width * count
 
 
 SCALARS = {

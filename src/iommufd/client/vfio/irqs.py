@@ -109,8 +109,8 @@ class Irq:
         query = v.vfio_irq_info(index=number(index, "index", 2**32 - 1))
         info = ask(handle, v.VFIO_DEVICE_GET_IRQ_INFO, query)
         self.index = index
-        self.count = info.count
-        self.flags = v.vfio_irq_info_flags(info.flags)
+        self.count: int = info.count
+        self.flags: v.vfio_irq_info_flags = v.vfio_irq_info_flags(info.flags)
 
     def enable(self, count: int | None = None) -> list[EventFd]:
         """Lets the first ``count`` vectors (None: all) signal an eventfd each; the eventfds, in order. EINVAL for more

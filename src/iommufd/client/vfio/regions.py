@@ -31,9 +31,9 @@ class Region:
             handle, v.VFIO_DEVICE_GET_REGION_INFO, v.vfio_region_info(index=number(index, "index", 2**32 - 1))
         )
         self.index = index
-        self.size = info.size
-        self.offset = info.offset
-        self.flags = v.vfio_region_info_flags(info.flags)
+        self.size: int = info.size
+        self.offset: int = info.offset
+        self.flags: v.vfio_region_info_flags = v.vfio_region_info_flags(info.flags)
         self.type: tuple[int, int] | None = None
         self.msix_mappable = False
         whole = [(0, info.size)] if info.flags & v.VFIO_REGION_INFO_FLAG_MMAP else []
