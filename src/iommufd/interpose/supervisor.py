@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING
 
 from iommufd.engine.file import Pending
 from iommufd.errors import KernelError
+from iommufd.interpose.calltable import PATH_CALLS, handlers
 from iommufd.interpose.carriers import FIONREAD
 from iommufd.interpose.children import descendants
 from iommufd.interpose.credentials import Credentials
@@ -49,8 +50,6 @@ if TYPE_CHECKING:
     from iommufd.machine.machine import Machine
     from iommufd.memory.physical import Physical
     from iommufd.memory.space import AddressSpace
-
-Handler = Callable[[Trap], "int | Pending | Proceed | Answered"]
 
 TICK_SECONDS = 0.02
 JOIN_SECONDS = 0.5
@@ -104,7 +103,12 @@ class Supervisor:
         self.processes.on_new_group = self._watch_group
         self.resolver = Resolver(machine, self.descriptors)
         self.unmaps = Unmaps(self.processes, self.listener, realm.members)
-        self._handlers = self._build_handlers()
+        self._handlers = handlers(
+            FileCalls(machine.world, self.processes, self.descriptors, self.resolver, realm.mappings),
+            PathCalls(machine, self.processes, self.descriptors, self.carriers, self.resolver),
+            Credentials(self.processes, self.resolver),
+            self.unmaps,
+        )
         self._leader = Worker()
         self._pendings: dict[int, Pending] = {}
         self._new_groups: list[ThreadGroup] = []
@@ -175,7 +179,7 @@ class Supervisor:
         """SIGKILL for every process of the tree."""
         for _ in range(2):  # once more for those forked meanwhile
             for pid in self.members():
-                with contextlib.suppress(ProcessLookupError, PermissionError):
+                with contextlib.suppress(ProcessLookupError, PermissionError):  # it has ended, or is not ours
                     os.kill(pid, signal.SIGKILL)
 
     def _start_leader(self, worker: Worker) -> None:
@@ -272,7 +276,7 @@ class Supervisor:
             if self.machine.world.instruments and not error.told:
                 self._tell_refused(trap, error)
             self._send(trap.number, -error.errno)
-        except Gone:
+        except Gone:  # killed: nobody waits for the answer
             pass
         except OSError as error:
             self._sent_or_failed(error, trap.number, trap.tid, trap.nr)
@@ -283,7 +287,7 @@ class Supervisor:
         """A call that fails without having reached a File: lseek, access, a read of what is open for writing."""
         name = name_of(trap.nr)
         task = self.processes.thread(trap.tid).task
-        task.fd = None if name in _PATH_CALLS and name != "fstat" else fd_of(trap.args[0])
+        task.fd = None if name in PATH_CALLS and name != "fstat" else fd_of(trap.args[0])
         self.machine.world.event("refused", task=task, call=name, error=error)
 
     def _finish(self, number: int, result: int | Pending | Proceed | Answered) -> None:
@@ -296,7 +300,7 @@ class Supervisor:
             else:
                 assert isinstance(result, int)
                 self.listener.answer(number, result)
-        except Gone:
+        except Gone:  # killed, as above
             pass
 
     def _completed(self, number: int, pending: Pending) -> None:
@@ -329,7 +333,7 @@ class Supervisor:
 
     def _kick(self) -> None:
         self._dormant = False
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):  # full, so it is awake; or closed, so it has ended
             os.eventfd_write(self._wake, 1)
 
     def _watch_group(self, group: ThreadGroup) -> None:
@@ -353,7 +357,7 @@ class Supervisor:
                 poller.unregister(inotify)
             for fd, event in events:
                 if fd == self._wake:
-                    with contextlib.suppress(BlockingIOError):
+                    with contextlib.suppress(BlockingIOError):  # its end took it meanwhile
                         os.eventfd_read(self._wake)
                     if dormant:
                         self.processes.activity += 1
@@ -419,59 +423,6 @@ class Supervisor:
         except Exception as error:
             report(f"internal error at the end of process {group.tgid}", error)
         close_pidfd(group)
-
-    # ---- the table
-
-    def _build_handlers(self) -> dict[int, Handler]:
-        files = FileCalls(self.machine.world, self.processes, self.descriptors, self.resolver, self.realm.mappings)
-        paths = PathCalls(self.machine, self.processes, self.descriptors, self.carriers, self.resolver)
-        others = Credentials(self.processes, self.resolver)
-        unmaps = self.unmaps
-
-        def mmap(trap: Trap) -> int | Pending | Proceed | Answered:
-            result = files.mmap(trap)
-            return unmaps.mmap(trap) if result is PROCEED else result
-
-        table: dict[str, Handler] = {
-            "mmap": mmap,
-            "ftruncate": files.refuse(errno.EINVAL, "this file has no length"),
-            "fallocate": files.refuse(errno.ENODEV, "this file has no blocks"),
-            "fsync": files.refuse(errno.EINVAL, "this file cannot be synchronised"),
-            "fdatasync": files.refuse(errno.EINVAL, "this file cannot be synchronised"),
-            "readahead": files.refuse(errno.EINVAL, "this file cannot be read ahead"),
-            "sync_file_range": files.refuse(errno.ESPIPE, "this file has no ranges"),
-            "fadvise64": files.accept,
-            "fchmod": files.change_owner_or_mode,
-            "fchown": files.change_owner_or_mode,
-            "sendfile": files.splice(1),
-            "splice": files.splice(2),
-            "copy_file_range": files.splice(2),
-            "dup3": files.dup2,
-            "unshare": others.unshare,
-            "setns": others.namespaces,
-            "chroot": others.root,
-            "pivot_root": others.root,
-            **dict.fromkeys(("setuid", "setreuid", "setresuid", "setfsuid", "capset"), others.credentials),
-        }
-        for owner, names in (
-            (files, _FILE_CALLS),
-            (paths, _PATH_CALLS),
-            (unmaps, ("munmap", "mremap", "madvise", "process_madvise", "brk", "shmat", "shmdt")),
-            (unmaps, ("execve", "execveat", "exit_group")),
-        ):
-            for name in names:
-                table[name] = getattr(owner, name)
-        return {HOST.numbers[name]: handler for name, handler in table.items() if name in HOST.numbers}
-
-
-_FILE_CALLS = (
-    "ioctl", "read", "write", "pread64", "pwrite64", "readv", "writev", "preadv", "pwritev", "preadv2", "pwritev2",
-    "lseek", "close", "close_range", "dup", "dup2", "fcntl", "getdents", "getdents64",
-)  # fmt: skip
-_PATH_CALLS = (
-    "open", "creat", "openat", "openat2", "stat", "lstat", "fstat", "newfstatat", "statx", "access", "faccessat",
-    "faccessat2", "readlink", "readlinkat", "getxattr", "lgetxattr", "listxattr", "llistxattr",
-)  # fmt: skip
 
 
 def new_space(tgid: int, physical: Physical) -> AddressSpace:
