@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from iommufd.engine.task import CAP_IPC_LOCK, CAP_SYS_RESOURCE
+from iommufd.errors import KernelError
 from iommufd.uapi import iommufd as u
 from tests.engine.fakes import Caller, FakeFile, TestDmaBuf
 
@@ -151,6 +152,72 @@ def test_quirk_the_payer_in_mm_mode_is_gone() -> None:
         assert state(new) == (8, 8, 0)
     new.unmap(ioas, 0, 4 * P)
     assert state(new) == (4, 4, 0)
+
+
+def by_process(limit: int | None = None) -> tuple[Caller, int, Any]:
+    """A context that charges processes, an IOAS with 8 pages of a file at IOVA 0 and as many at 16 pages, an access;
+    the process that mapped them pinned the first 4 and has exited."""
+    c = with_file(caps=[CAP_SYS_RESOURCE], limit=None if limit is None else limit * P)
+    c.do(u.iommu_option(option_id=0, op=0, val64=1))
+    ioas = c.ioas()
+    map_file(c, ioas, 0, 8)
+    map_file(c, ioas, 16 * P, 8)
+    access = c.access(ioas)
+    access.pin_pages(0, 4 * P, write=False, task=None)
+    c.proc.exit()
+    return c, ioas, access
+
+
+class TestThePayerIsGone:
+    """Accounting by process, seen on 7.3.4: a process that has exited still pays, within its limit; what is unpinned
+    then stays charged until the same mapping is pinned again."""
+
+    def test_it_is_charged(self) -> None:
+        c, _, access = by_process(limit=6)
+        access.pin_pages(16 * P, 2 * P, write=False)
+        assert state(c) == (6, 6, 0)
+        with pytest.raises(KernelError) as caught:
+            access.pin_pages(18 * P, P, write=False)
+        assert caught.value.errno == errno.ENOMEM
+
+    def test_its_charge_stays_with_the_mapping(self) -> None:
+        c, _, access = by_process(limit=4)
+        access.unpin_pages(0, 4 * P)
+        assert state(c) == (4, 4, 0)
+        for _ in range(2):
+            access.pin_pages(0, 4 * P, write=False)
+            access.unpin_pages(0, 4 * P)
+            assert state(c) == (4, 4, 0)
+        with pytest.raises(KernelError):
+            access.pin_pages(16 * P, P, write=False)
+        access.pin_pages(0, 2 * P, write=False)  # which settles it
+        assert state(c) == (2, 2, 0)
+        access.pin_pages(16 * P, 2 * P, write=False)
+        assert state(c) == (4, 4, 0)
+
+    def test_the_heir_pays_what_is_charged(self) -> None:
+        c, _, access = by_process()
+        access.unpin_pages(0, 4 * P)
+        new = heir(c)
+        new.refuses(errno.EINVAL, u.iommu_ioas_change_process())
+        change(new)
+        assert state(new) == (4, 4, 0)
+        access.pin_pages(0, 3 * P, write=False)
+        assert state(new) == (7, 7, 0)
+        access.unpin_pages(0, 3 * P)
+        assert state(new) == (4, 4, 0)
+
+    def test_the_heir_pays_again_for_what_is_pinned(self) -> None:
+        c, _, access = by_process()
+        new = heir(c)
+        new.refuses(errno.EINVAL, u.iommu_ioas_change_process())
+        assert state(new) == (4, 4, 0)
+        access.pin_pages(0, 5 * P, write=False)
+        assert state(new) == (9, 9, 0)
+        access.unpin_pages(0, 4 * P)
+        assert state(new) == (9, 9, 0)
+        access.unpin_pages(0, 5 * P)
+        assert state(new) == (4, 4, 0)
 
 
 def test_quirk_unaccounted_objects_keep_their_vmpin() -> None:

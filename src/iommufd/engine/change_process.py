@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from iommufd.engine.dispatch import Call, Handler, Respond
 from iommufd.engine.ioas import IOAS
-from iommufd.engine.pages import Heir, Owner, Pages
+from iommufd.engine.pages import Owner, Pages, Unsettled
 from iommufd.errors import KernelError
 from iommufd.memory.accounting import Mode, charge, must_move, uncharge
 from iommufd.uapi import iommufd as u
@@ -78,7 +78,7 @@ def _move(task: Task, found: list[Pages]) -> None:
     moving = [p for p in found if must_move(p.owner.mode, p.owner.user, p.owner.space, user, space)]
     bill: Counter[Mode] = Counter()
     for pages in moving:
-        bill[pages.owner.mode] += pages.held()
+        bill[pages.owner.mode] += pages.charged
     paid: list[Mode] = []
     try:
         for mode, count in bill.items():  # row 5: before anything is given back, so both must fit for a moment
@@ -89,16 +89,15 @@ def _move(task: Task, found: list[Pages]) -> None:
             uncharge(mode, process, user, space, bill[mode])
         raise
     owners = {mode: Owner(process, user, space, mode) for mode in Mode}
-    heirs = []
+    lost: set[int] = set()
     for pages in moving:  # row 6
         old = pages.owner
-        if not uncharge(old.mode, old.process, old.user, old.space, pages.held()):
-            heirs.append(pages)
-    for pages in [*moving, *(p for p in found if type(p.owner) is not Heir)]:
-        pages.owner = owners[pages.owner.mode]
-    for pages in heirs:
-        pages.owner = Heir(process, user, space, pages.owner.mode)
-    if heirs:  # the quirk of row 6
+        if not uncharge(old.mode, old.process, old.user, old.space, pages.charged):
+            lost.add(id(pages))
+    for pages in found:
+        owner, charged = owners[pages.owner.mode], 0 if id(pages) in lost else pages.charged
+        pages.owner = owner if charged == pages.held() else Unsettled(owner, charged)
+    if lost:  # the quirk of row 6
         raise KernelError(errno.EINVAL, "the process that paid until now is gone; its charge could not be taken back")
 
 

@@ -48,11 +48,19 @@ class Owner:
         self.mode = mode
 
 
-class Heir(Owner):
-    """An owner who was charged for pages whose earlier payer was gone (core 4.13, quirk): what is pinned now is never
-    taken off again; what is pinned after all of that went is charged and released as usual."""
+class Unsettled(Owner):
+    """The owner of one pages object that is charged for ``charged`` pages and not for those that are pinned: more of
+    them when the payer was gone as pages were unpinned (core 6.2), none when its heir could not settle (core 4.13,
+    quirk). The next pin of new pages settles it."""
 
-    __slots__ = ()
+    __slots__ = ("charged",)
+
+    def __init__(self, owner: Owner, charged: int) -> None:
+        super().__init__(owner.process, owner.user, owner.space, owner.mode)
+        self.charged = charged
+
+    def settled(self) -> Owner:
+        return Owner(self.process, self.user, self.space, self.mode)
 
 
 class Segment:
@@ -297,16 +305,32 @@ class Pages:
         if world.fail is not None and world.fail(CHARGE, task):
             raise KernelError(errno.ENOMEM, f"fault injection: charging {pages} page(s)")
         owner = self.owner
-        charge(owner.mode, owner.process, owner.user, owner.space, pages)
+        if type(owner) is Unsettled:
+            pages = self.held() - owner.charged
+        if pages > 0:
+            charge(owner.mode, owner.process, owner.user, owner.space, pages)
+        elif pages < 0:
+            uncharge(owner.mode, owner.process, owner.user, owner.space, -pages, although_gone=True)
+        if type(owner) is Unsettled:
+            self.owner = owner.settled()
 
     def uncharge(self, pages: int) -> None:
         """Takes the charge of unpinned pages back, after they were unpinned."""
         owner = self.owner
-        if type(owner) is Heir:
-            if not self.held():
-                self.owner = Owner(owner.process, owner.user, owner.space, owner.mode)
-            return
-        uncharge(owner.mode, owner.process, owner.user, owner.space, pages)
+        if type(owner) is Unsettled:
+            pages = owner.charged - self.held()
+            if pages <= 0:
+                return
+        if not uncharge(owner.mode, owner.process, owner.user, owner.space, pages):
+            self.owner = Unsettled(owner, self.held() + pages)
+        elif type(owner) is Unsettled:
+            self.owner = owner.settled()
+
+    @property
+    def charged(self) -> int:
+        """How many pages the owner is charged for: those that are pinned, usually."""
+        owner = self.owner
+        return owner.charged if type(owner) is Unsettled else self.held()
 
     # ---------------------------------------------------------------------------------------------- access records
 

@@ -94,7 +94,8 @@ _lock = threading.Lock()
 
 
 def charge(mode: Mode, process: Process, user: User, space: AddressSpace, pages: int) -> None:
-    """Charges ``pages`` newly pinned pages. ENOMEM over the limit; EINVAL in MM mode when the space is gone."""
+    """Charges ``pages`` newly pinned pages; ENOMEM over the limit. A space that is gone can still be charged, within
+    the limit its process had (seen on 7.3.4)."""
     if mode is Mode.NONE:
         with _lock:
             space.pinned_vm += pages
@@ -107,9 +108,7 @@ def charge(mode: Mode, process: Process, user: User, space: AddressSpace, pages:
             user.locked_pages += pages
             space.pinned_vm += pages
         return
-    if not space.alive:
-        raise KernelError(errno.EINVAL, f"process {process.tgid}, whose locked memory is to be charged, is gone")
-    own = space.mlocked_pages()
+    own = space.mlocked_pages() if space.alive else 0
     with _lock:
         if over_limit(space.locked_vm + own, pages, limit):
             raise KernelError(errno.ENOMEM, _sentence(f"process {process.tgid}", space.locked_vm + own, pages, limit))
@@ -117,13 +116,16 @@ def charge(mode: Mode, process: Process, user: User, space: AddressSpace, pages:
         space.pinned_vm += pages
 
 
-def uncharge(mode: Mode, process: Process, user: User, space: AddressSpace, pages: int) -> bool:
-    """Takes back ``pages``. False when MM mode finds the space gone: nothing is released then (core 6.2)."""
+def uncharge(
+    mode: Mode, process: Process, user: User, space: AddressSpace, pages: int, *, although_gone: bool = False
+) -> bool:
+    """Takes back ``pages``. False when MM mode finds the space gone: nothing is released then (core 6.2), unless
+    ``although_gone``."""
     with _lock:
         if mode is Mode.USER:
             user.locked_pages -= pages
         elif mode is Mode.MM:
-            if not space.alive:
+            if not space.alive and not although_gone:
                 return False
             space.locked_vm -= pages
         space.pinned_vm -= pages
