@@ -123,6 +123,13 @@ def test_pins_and_items(r: Rig) -> None:  # mock-device 6.2, 6.3
     assert r.pin() == 3
 
 
+def test_whole_pages_are_compared(r: Rig) -> None:  # mock-device 6.2 row 12
+    """Wherever in the first page ``uptr`` points."""
+    for offset in (0, 1, 0x800, PAGE - 1):
+        r.pin(length=2 * PAGE - 0x800, uptr=BUFFER + offset)
+        r.op_refuses(errno.EBADE, r.pages(length=2 * PAGE - 0x800, uptr=BUFFER + PAGE + offset))
+
+
 def test_an_answer_that_cannot_be_written(r: Rig) -> None:  # mock-device 6.2 row 13
     r.host.map(0x2000_0000, 1)
     r.host.poke(0x2000_0000, t.test_access_pages(size=72, op=7, id=r.fd, iova=IOVA, length=PAGE).pack())

@@ -82,7 +82,7 @@ class AccessFile(File):
                 if uptr:  # row 12
                     offset = iova & (PAGE_SIZE - 1)
                     count = (offset + length + PAGE_SIZE - 1) >> PAGE_SHIFT
-                    first = (uptr - offset) & (2**64 - 1)
+                    first = (uptr - offset) & (2**64 - PAGE_SIZE)  # whose page counts, wherever in it that is
                     for at, frames, _, size in user_frames(task, first, count << PAGE_SHIFT):  # page by page, upwards
                         if not same_frames(slice_extents(extents, at >> PAGE_SHIFT, size >> PAGE_SHIFT), frames):
                             raise KernelError(errno.EBADE, f"the pinned pages are not those at {uptr:#x}")
