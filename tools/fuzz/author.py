@@ -122,6 +122,24 @@ class Author:
             last += self.r.choice((-1, -2048, -PAGE, PAGE, 1))
         return ioas.id, first & ULMAX, max(last - first + 1, 0)
 
+    def behind(self, number: int, iova: int) -> int:
+        """The address of the memory mapped at ``iova`` of the IOAS ``number``; any other when there is none."""
+        for ioas in [] if (context := self.context()) is None else list(context.objects):
+            if isinstance(ioas, IOAS) and ioas.id == number and not self.chance(0.1):
+                found = ioas.io_pagetable.areas.find(iova)
+                pages = None if found is None else found[2].pages
+                if found is not None and pages is not None and pages.source is None:
+                    return pages.base + found[2].start + iova - found[0]
+        return self.va()
+
+    def hwpt_of(self, number: int) -> int:
+        """A page table of the IOAS ``number``, mostly."""
+        for ioas in [] if (context := self.context()) is None else list(context.objects):
+            if isinstance(ioas, IOAS) and ioas.id == number and ioas.hwpts and not self.chance(0.1):
+                hwpt: int = self.r.choice(ioas.hwpts).id
+                return hwpt
+        return self.id_of("HWPT_PAGING")
+
     def array(self, data: bytes) -> int:
         """Memory that holds ``data``; seldom memory that cannot be read."""
         if self.chance(0.04):

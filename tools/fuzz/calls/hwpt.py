@@ -56,12 +56,13 @@ def hw_info(a: Author) -> None:
 
 def dirty_calls(a: Author) -> None:
     """Tracking on and off, marks, and the bitmap, read in full only where it cannot depend on contiguity."""
-    hwpt = a.id_of("HWPT_PAGING")
     what = a.r.randrange(3)
     if what == 0:
+        hwpt = a.id_of("HWPT_PAGING")
         a.ask(u.iommu_hwpt_set_dirty_tracking(flags=a.wrong(a.r.choice((1, 1, 0)), 2), hwpt_id=hwpt))
         return
-    _, iova, length = a.mapped()
+    ioas, iova, length = a.mapped()
+    hwpt = a.hwpt_of(ioas)
     size = a.r.choice((2048, 2048, PAGE, 2 * PAGE, 0, 3000))
     if what == 1 and a.dirty:
         bits = a.array(a.r.randbytes(4))

@@ -51,7 +51,9 @@ def map_file(a: Author) -> None:
         iova=a.iova(),
     )
     buffers = any(slot in a.slots for slot in DMABUFS) and a.chance(0.6)
-    a.ask(value, patches=((12, a.used_slot(DMABUFS if buffers else MEMFDS)),))
+    slot = a.used_slot(DMABUFS if buffers else MEMFDS)
+    # a context that maps its own descriptor holds itself: it and its charges outlive the program, and spoil the next
+    a.ask(value, patches=((12, slot or DMABUFS[-1]),))
 
 
 def copy(a: Author) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from iommufd.engine.ioas import IOAS
+from iommufd.memory.accounting import Mode
 from iommufd.uapi import iommufd as u
 from tools.fuzz.author import Author
 from tools.fuzz.calls import ioas, selftest
@@ -41,8 +43,20 @@ def by_second(a: Author) -> None:
 
 
 def exit_second(a: Author) -> None:
-    if a.stage.second is not None:
-        a.write(Step(EXIT))
+    """The second process ends. What it pays for as a process is inherited at once, or the program ends here: to pin
+    what is pinned already of a file whose payer is gone may hang the kernel (docs/deviations.md)."""
+    if a.stage.second is None:
+        return
+    space = a.stage.second.owner.space
+    a.write(Step(EXIT))
+    for a.slot in sorted({0, 1} & a.slots.keys()):
+        context = a.context()
+        if context is not None and context.account_mode is Mode.MM:
+            a.exactly(u.iommu_ioas_change_process())
+            ioases = [obj for obj in context.objects if isinstance(obj, IOAS)]
+            areas = [area for ioas in ioases for _, _, area in ioas.io_pagetable.areas]
+            if any(area.pages is not None and area.pages.owner.space is space for area in areas):
+                a.length = 0
 
 
 def status(a: Author) -> None:

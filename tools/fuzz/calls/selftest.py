@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from iommufd.uapi import iommufd_test as t
 from tools.fuzz.author import ACCESSES, BUFFER, DMABUFS, MEMFDS, QUEUES, ULMAX, Author
-from tools.fuzz.program import ARENA, CLOSE, NEW, PAGE, PEEK, POKE, Step
+from tools.fuzz.program import CLOSE, NEW, PAGE, PEEK, POKE, Step
 
 
 def mock_domain(a: Author) -> None:
@@ -46,13 +46,15 @@ def detach_all(a: Author) -> None:
 
 
 def checks(a: Author) -> None:
-    _, iova, length = a.mapped()
-    what = a.r.randrange(4)
-    if what == 0:
-        a.ask(t.test_md_check_map(id=a.id_of("HWPT_PAGING"), iova=iova, length=min(length, 64 * PAGE), uptr=a.va()))
-    elif what == 1:
-        a.ask(t.test_md_check_refs(length=PAGE, uptr=ARENA + a.page() * PAGE, refs=a.r.choice((0, 0, 1, 2))))
+    ioas, iova, length = a.mapped()
+    uptr = a.behind(ioas, iova)
+    what = a.r.randrange(5)
+    if what < 2:
+        length = a.wrong(min(length, 64 * PAGE) // 2048 * 2048, length)
+        a.ask(t.test_md_check_map(id=a.hwpt_of(ioas), iova=iova, length=min(length, 64 * PAGE), uptr=uptr))
     elif what == 2:
+        a.ask(t.test_md_check_refs(length=PAGE, uptr=uptr - uptr % PAGE, refs=a.r.choice((0, 1, 1, 2))))
+    elif what == 3:
         a.ask(
             t.test_md_check_iotlb(
                 id=a.id_of("HWPT_NESTED"), arm_id=a.wrong(a.r.randrange(4), 4), iotlb=a.r.randrange(4)
@@ -79,12 +81,12 @@ def create_access(a: Author) -> None:
 
 
 def access_pages(a: Author) -> None:
-    _, iova, length = a.mapped()
+    ioas, iova, length = a.mapped()
     value = t.test_access_pages(
         flags=a.wrong(a.r.choice((0, 0, 1)), 2, 0x10000),
         iova=iova - iova % PAGE if a.chance(0.8) else iova,
         length=a.wrong(length, 0, (16 << 20) + 1),
-        uptr=a.r.choice((0, 0, 0, a.va())),
+        uptr=a.r.choice((0, 0, a.behind(ioas, iova), a.va())),
     )
     a.ask(value, patches=((8, a.used_slot(ACCESSES)),))
 
