@@ -49,7 +49,8 @@ def exit_second(a: Author) -> None:
         return
     space = a.stage.second.owner.space
     a.write(Step(EXIT))
-    for a.slot in sorted({0, 1} & a.slots.keys()):
+    for slot in sorted({0, 1} & a.slots.keys()):
+        a.slot = slot
         context = a.context()
         if context is not None and context.account_mode is Mode.MM:
             a.exactly(u.iommu_ioas_change_process())
