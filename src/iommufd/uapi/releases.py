@@ -16,6 +16,8 @@ rel.  what came, and the merge (or, where marked c, the commit) that says so    
 6.19  VFIO dma-buf export (c 5d74781ebc86) and its import by IOAS_MAP_FILE, with the test dma-bufs         2025-12
 7.0   AMD hw_info and guest page tables (commits of 18 January)                                            2026-02
 7.1   ATS_NOT_SUPPORTED (c a11661a58c06), the SMMUv3 erratum flag (Will Deacon's merge of 9 April)         2026-04
+7.1   VFIO precopy info v2 and its REINIT (series v3 of 17 March, taken by Alex Williamson)                2026-04
+7.2   VFIO zPCI errors: series v13 was discussed on 14 April, after the pull for 7.1; in the header of 7.3 2026-06
 7.3   IOAS_NOIOMMU_GET_PA: series v10 is of July 2026, the 7.2 pull of 17 June held fixes only             2026-08
 ====  ===================================================================================================  ==========
 
@@ -56,6 +58,11 @@ VALUES: dict[str, Release] = {
     "VFIO_DEVICE_BIND_FLAG_TOKEN": (6, 17),
     "VFIO_DEVICE_ATTACH_PASID": (6, 15),
     "VFIO_DEVICE_DETACH_PASID": (6, 15),
+    "VFIO_DEVICE_FEATURE_BUS_MASTER": (6, 7),
+    "VFIO_DEVICE_FEATURE_DMA_BUF": (6, 19),
+    "VFIO_DEVICE_FEATURE_MIG_PRECOPY_INFOv2": (7, 1),
+    "VFIO_DEVICE_FEATURE_ZPCI_ERROR": (7, 2),
+    "VFIO_PRECOPY_INFO_REINIT": (7, 1),
 }
 
 
