@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from iommufd.engine.ioas import IOAS
+from iommufd.engine.pages import Unsettled
 from iommufd.memory.accounting import Mode
+from iommufd.memory.space import AddressSpace
 from iommufd.uapi import iommufd as u
-from tools.fuzz.author import Author
+from tools.fuzz.author import ULMAX, Author
 from tools.fuzz.calls import ioas, selftest
 from tools.fuzz.program import EXIT, FORK, LIMIT, STATUS, Step
 
@@ -43,8 +45,9 @@ def by_second(a: Author) -> None:
 
 
 def exit_second(a: Author) -> None:
-    """The second process ends. What it pays for as a process is inherited at once, or the program ends here: to pin
-    what is pinned already of a file whose payer is gone may hang the kernel (docs/deviations.md)."""
+    """The second process ends. What it paid for as a process is inherited at once; where that leaves a charge that is
+    not settled, everything is unmapped: to pin once more what is pinned already of such a file hangs the kernel
+    (docs/deviations.md). If that does not help, the program ends here."""
     if a.stage.second is None:
         return
     space = a.stage.second.owner.space
@@ -52,12 +55,22 @@ def exit_second(a: Author) -> None:
     for slot in sorted({0, 1} & a.slots.keys()):
         a.slot = slot
         context = a.context()
-        if context is not None and context.account_mode is Mode.MM:
+        if context is None or context.account_mode is not Mode.MM:
+            continue
+        ioases = [obj for obj in context.objects if isinstance(obj, IOAS)]
+        if any(unsettled(obj, space) for obj in ioases):
             a.exactly(u.iommu_ioas_change_process())
-            ioases = [obj for obj in context.objects if isinstance(obj, IOAS)]
-            areas = [area for ioas in ioases for _, _, area in ioas.io_pagetable.areas]
-            if any(area.pages is not None and area.pages.owner.space is space for area in areas):
-                a.length = 0
+        if any(unsettled(obj, space) for obj in ioases):
+            for obj in ioases:
+                a.exactly(u.iommu_ioas_unmap(ioas_id=obj.id, iova=0, length=ULMAX))
+        if any(unsettled(obj, space) for obj in ioases):
+            a.length = 0
+
+
+def unsettled(ioas: IOAS, gone: AddressSpace) -> bool:
+    """Whether something in ``ioas`` is paid for by the process that is ``gone``, or not by what is pinned."""
+    owners = [area.pages.owner for _, _, area in ioas.io_pagetable.areas if area.pages is not None]
+    return any(owner.space is gone or isinstance(owner, Unsettled) for owner in owners)
 
 
 def status(a: Author) -> None:
