@@ -136,24 +136,18 @@ Handler = Callable[[Call], "int | Pending | None"]
 class Row:
     """One command of the table. ``full`` is the struct's size as the machine's release knew it."""
 
-    __slots__ = ("command", "full", "handler", "minimum", "number", "on_success", "respond", "unpack")
+    __slots__ = ("arm", "command", "full", "handler", "minimum", "number", "on_success", "respond", "struct")
 
     def __init__(self, command: Command, handler: Handler, respond: Respond, release: tuple[int, int]) -> None:
         self.command = command
         self.number = command.number
-        self.unpack = _unpacker(command)
+        self.arm = command.arm
+        self.struct = command.struct
         self.minimum = command.minimum
         self.full = command.struct.size_in(release)
         self.handler = handler
         self.respond = respond
         self.on_success = respond is Respond.ON_SUCCESS
-
-
-def _unpacker(command: Command) -> Callable[[bytes], Struct]:
-    arm = command.arm
-    if arm is None:
-        return command.struct.unpack
-    return lambda raw: arm(raw).unpack(raw)
 
 
 def build_table(rows: list[tuple[Command, Handler, Respond]], release: tuple[int, int]) -> dict[int, Row]:
@@ -223,7 +217,8 @@ def run(call: Call, world: World, task: Task, number: int, arg: int) -> int | Pe
         want = size
     if len(head) < want:  # row 6
         raise KernelError(errno.EFAULT, f"only {len(head)} of the struct's {want} bytes at {arg:#x} can be read")
-    call.cmd = row.unpack(call.raw)  # row 7: a missing tail reads as zero
+    declared = row.struct if row.arm is None else row.arm(call.raw)
+    call.cmd = declared.unpack(call.raw)  # row 7: a missing tail reads as zero
     if world.instruments:
         for instrument in world.instruments:
             instrument.ioctl_enter(call)
