@@ -29,6 +29,7 @@ from tools.fuzz.stage import play
 
 HERE = Path(__file__).resolve().parent
 BATCH = 2000  # programs of one run of the VM
+PATIENCE = 1200  # seconds for a batch, which takes about 60
 _PLAYER = ("{out}/player", "{out}/programs")
 
 
@@ -42,8 +43,11 @@ def build_player(folder: Path) -> Path:
 def on_kernel(programs: Sequence[Program], out: Path) -> dict[int, list[str]]:
     """The answers of the real kernel; ``out`` holds the player."""
     (out / "programs").write_bytes(encode(programs))
-    if oracle.boot("/tmp/out/player /tmp/out/programs > /tmp/out/answers", out, timeout=3600):
-        raise SystemExit("oracle-fuzz: the player did not come to its end in the VM")
+    (out / "answers").unlink(missing_ok=True)
+    if oracle.boot("/tmp/out/player /tmp/out/programs > /tmp/out/answers", out, timeout=PATIENCE):
+        said = answers((out / "answers").read_text()) if (out / "answers").exists() else {}
+        last = f"the last one that ended or forked is {list(said)[-1]}" if said else "not one ended"
+        raise SystemExit(f"oracle-fuzz: the player did not come to the end of the programs in the VM; {last}")
     return answers((out / "answers").read_text())
 
 
