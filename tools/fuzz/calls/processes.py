@@ -17,7 +17,7 @@ def change_process(a: Author) -> None:
 
 
 def fork(a: Author) -> None:
-    """A second process; an ordinary user's if the first is, or by chance."""
+    """A second process, an ordinary user's if the first is; none where forking would change what is contiguous."""
     if a.dirty or a.stage.second is not None:
         return
     a.write(Step(FORK))
@@ -33,7 +33,7 @@ def limit_second(a: Author) -> None:
 
 
 def by_second(a: Author) -> None:
-    """The second process makes a call; there is one after this."""
+    """The second process makes a call, or comes into being."""
     if a.stage.second is None:
         fork(a)
         return

@@ -149,6 +149,17 @@ def pages_are_compared_upwards(s: Subject) -> None:
     s.refuses(EFAULT, fd, t.test_access_pages(id=access, iova=0x11000, length=2 * PAGE, uptr=s.page(0)))
 
 
+@check("mock 6.2 row 12")
+def whole_pages_are_compared(s: Subject) -> None:
+    """Wherever in the first page the address points."""
+    fd, ioas = open_ioas(s)
+    map_fixed(s, fd, ioas, s.page(0), 2 * PAGE, 0x10000)
+    access = access_on(s, fd, ioas)
+    for offset in (1, 0x800, PAGE - 1):
+        s.do(fd, t.test_access_pages(id=access, iova=0x10000, length=PAGE + 1, uptr=s.page(0) + offset))
+        s.refuses(EBADE, fd, t.test_access_pages(id=access, iova=0x10000, length=PAGE, uptr=s.page(1) + offset))
+
+
 @check("mock 6.2 row 10", "core 5.6 row 6", "core 5.5 user")
 def pinning_bad_memory(s: Subject) -> None:
     fd, ioas = open_ioas(s)

@@ -225,3 +225,38 @@ def a_users_charge_outlives_the_process(s: Subject) -> None:
         unmap(s, fd, ioas, APERTURE, 2 * PAGE)
         s.do(fd, more)
         pays(s, 0, 2)
+
+
+@check("core 6.2 exit", needs="capabilities processes")
+def a_process_that_exited_still_pays(s: Subject) -> None:
+    """MM mode: within the limit it had. What is unpinned then stays charged, until the same mapping is pinned anew."""
+    fd = s.open()
+    s.do(fd, u.iommu_option(option_id=RLIMIT_MODE, op=0, val64=1))
+    ioas = ioas_alloc(s, fd)
+    access = access_on(s, fd, ioas)
+    file = s.memfd(8 * PAGE)
+    other = APERTURE + 8 * PAGE
+    payer = s.fork()
+    payer.system.set_capabilities((0, 0))
+    payer.system.limit_memlock(4 * PAGE)
+    map_file(payer, fd, ioas, file, 4)
+    map_file(payer, fd, ioas, file, 4, other)
+
+    def pin(pages: int, iova: int = APERTURE) -> t.test_access_pages:
+        return t.test_access_pages(id=access, iova=iova, length=pages * PAGE)
+
+    def unpin(item: int) -> None:
+        s.do(fd, t.test_destroy_access_pages(id=access, access_pages_id=item))
+
+    item = s.do(fd, pin(4)).out_access_pages_id
+    pays(payer, 4, 4)
+    payer.exit()
+    s.refuses(ENOMEM, fd, pin(1, other))
+    unpin(item)
+    s.refuses(ENOMEM, fd, pin(1, other))
+    unpin(s.do(fd, pin(4)).out_access_pages_id)
+    s.refuses(ENOMEM, fd, pin(1, other))
+    s.do(fd, pin(2))
+    s.do(fd, pin(2, other))
+    s.refuses(ENOMEM, fd, pin(1, other + 2 * PAGE))
+    s.expect(unmap(s, fd, ioas, 0, ULMAX) == 8 * PAGE, "nothing holds it")
