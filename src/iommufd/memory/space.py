@@ -181,12 +181,18 @@ class AddressSpace:
         where a page cannot be pinned or the space is gone; EOVERFLOW when the range wraps 2**64 (current process only);
         ENOMEM without frames. :func:`iommufd.memory.extents.unpin_extents` undoes it, also when the space is gone.
         """
-        with self._lock:
+        lock = self._lock
+        lock.acquire()  # half the price of a with statement
+        try:
             extents = self._again(va >> PAGE_SHIFT, npages, write)
-            if extents is None:
-                extents = self._resolve(va >> PAGE_SHIFT, npages, write, True, current)
+            if extents is not None:  # private memory: of no file
+                extents[0].chunk.pin(extents[0].index, npages)
+                return extents
+            extents = self._resolve(va >> PAGE_SHIFT, npages, write, True, current)
             for extent in extents:
                 extent.chunk.pin(extent.index, extent.count)
+        finally:
+            lock.release()
         for extent in extents:
             file = extent.chunk.file
             if file is not None and file.fresh:
