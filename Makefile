@@ -6,7 +6,7 @@ ARGS   ?=
 .PHONY: setup demo test stress lint bench docs conformance oracle oracle-fuzz
 .DEFAULT_GOAL := setup
 
-setup: .venv/stamp               # the development environment, in .venv
+setup: .venv/stamp               # an environment to run and test in: .venv
 .venv/stamp: pyproject.toml tools/setup.sh
 	@sh tools/setup.sh $(PYTHON)
 
@@ -19,8 +19,12 @@ test: setup                      # all tests that need no kernel tree, no compil
 stress: setup                    # the tests that take long: threads race everything for a minute
 	@$(VENV)/python -m pytest -q -m "slow and not oracle" $(ARGS)
 
-lint: setup                      # style, types (two opinions), and which room imports which
+lint: .venv/lint-stamp           # style, types (two opinions), and which room imports which
 	@status=0; for check in "ruff check" mypy pyright "lint-imports --no-logo"; do $(VENV)/$$check || status=1; done; exit $$status
+.venv/lint-stamp: .venv/stamp
+	@echo "setup: installing what make lint asks into .venv"
+	@$(VENV)/python -m pip install -qq --disable-pip-version-check -e '.[test,lint]'
+	@touch $@
 
 bench: setup                     # medians, and their ratio to a floor measured in the same run
 	@$(VENV)/python -m bench $(ARGS)

@@ -1,5 +1,5 @@
 #!/bin/sh
-# make setup: a virtual environment in .venv with the package (editable) and the development tools.
+# make setup: a virtual environment in .venv with the package (editable) and what its tests need.
 set -eu
 python=$1
 fail() { echo "setup: $*" >&2; exit 1; }
@@ -18,6 +18,6 @@ if ! [ -x .venv/bin/python ] || ! .venv/bin/python -m pip --version > /dev/null 
             "on Debian and Ubuntu: sudo apt-get install python3-venv"
     fi
 fi
-echo "setup: installing the package and its development tools into .venv"
-.venv/bin/python -m pip install -qq --disable-pip-version-check -e '.[dev]'
+echo "setup: installing the package and what its tests need into .venv"
+.venv/bin/python -m pip install -qq --disable-pip-version-check -e '.[test]'
 touch .venv/stamp
