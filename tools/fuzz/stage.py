@@ -66,6 +66,7 @@ class Stage:
         self.backend.close_all()
         self.backend.owner.space.unmap(ARENA, ARENA + SIZE)
         self.backend.owner.host.close()
+        _libc.munmap(ARENA, SIZE)
 
     def _end_second(self) -> None:
         if self.second is not None:
