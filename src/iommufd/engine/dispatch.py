@@ -89,7 +89,7 @@ class Call:
             found = objects.get(number, kind)
             assert isinstance(found, kind)
             obj = found
-        self.held = (*self.held, obj)
+        self.held = (*self.held, obj) if self.held else (obj,)
         return obj
 
     def get_any(self, number: int) -> Object:
@@ -198,27 +198,18 @@ def _tell(call: Call, result: int | None, error: KernelError | None) -> None:
 def run(call: Call, world: World, task: Task, number: int, arg: int) -> int | Pending:
     """The same for a fresh ``call`` that nobody watches."""
     row = world.table.get(number)
-    full = row.full if row is not None else 4
-    head = task.read_upto(arg, full)
-    if len(head) < 4:  # row 2
-        raise KernelError(errno.EFAULT, f"the struct's size at {arg:#x} cannot be read")
-    (size,) = _SIZE(head)
-    call.size = size
-    if row is None:  # row 3
-        raise KernelError(errno.ENOTTY, _why_not_there(number, world.kernel))
+    if row is None:
+        raise _no_command(call)
     call.row = row
-    call.raw = head if size >= full else head[:size]
-    if size < row.minimum:  # row 4
-        raise KernelError(errno.EINVAL, f"size {size} is less than the {row.minimum} bytes this command needs")
-    if size > full:  # row 5
-        find_nonzero(task, arg + full, arg + size)
-        want = full
+    full = row.full
+    raw = task.read_upto(arg, full)
+    if len(raw) == full and _SIZE(raw)[0] == full:  # the usual call passes rows 2 to 6 at one look
+        call.size = full
     else:
-        want = size
-    if len(head) < want:  # row 6
-        raise KernelError(errno.EFAULT, f"only {len(head)} of the struct's {want} bytes at {arg:#x} can be read")
-    declared = row.struct if row.arm is None else row.arm(call.raw)
-    call.cmd = declared.unpack(call.raw)  # row 7: a missing tail reads as zero
+        raw = _framed(call, row, raw)
+    call.raw = raw
+    declared = row.struct if row.arm is None else row.arm(raw)
+    call.cmd = declared.unpack(raw)  # row 7: a missing tail reads as zero
     if world.instruments:
         for instrument in world.instruments:
             instrument.ioctl_enter(call)
@@ -228,7 +219,8 @@ def run(call: Call, world: World, task: Task, number: int, arg: int) -> int | Pe
         result = row.handler(call)  # row 8
         if row.on_success:
             data = call.cmd.pack()
-            task.write(arg, data if want == len(data) else data[:want])  # core 1.5: min(size, full) bytes
+            want = len(raw)  # core 1.5: min(size, full) bytes
+            task.write(arg, data if want == len(data) else data[:want])
     except BaseException:  # row 9, in reverse; whatever went wrong, nothing half-made stays
         _abort(call)
         raise
@@ -243,8 +235,35 @@ def run(call: Call, world: World, task: Task, number: int, arg: int) -> int | Pe
                 call.context.objects.publish(obj)
             world.wake()  # an unbind may wait for the vDEVICE it must take along
     for obj in call.held:
-        call.context.objects.put(obj)
+        obj.context.objects.put(obj)
     return 0 if result is None else result
+
+
+def _no_command(call: Call) -> KernelError:
+    """Rows 2 and 3 for a number that the table has not."""
+    head = call.task.read_upto(call.arg, 4)
+    if len(head) < 4:  # row 2
+        return KernelError(errno.EFAULT, f"the struct's size at {call.arg:#x} cannot be read")
+    (call.size,) = _SIZE(head)
+    return KernelError(errno.ENOTTY, _why_not_there(call.number, call.world.kernel))  # row 3
+
+
+def _framed(call: Call, row: Row, head: bytes) -> bytes:
+    """Rows 2 and 4 to 6 in order: the struct's bytes, as many of ``head`` as the caller's size says."""
+    arg, full = call.arg, row.full
+    if len(head) < 4:  # row 2
+        raise KernelError(errno.EFAULT, f"the struct's size at {arg:#x} cannot be read")
+    (size,) = _SIZE(head)
+    call.size = size
+    call.raw = head[:size]
+    if size < row.minimum:  # row 4
+        raise KernelError(errno.EINVAL, f"size {size} is less than the {row.minimum} bytes this command needs")
+    if size > full:  # row 5
+        find_nonzero(call.task, arg + full, arg + size)
+    want = min(size, full)
+    if len(head) < want:  # row 6
+        raise KernelError(errno.EFAULT, f"only {len(head)} of the struct's {want} bytes at {arg:#x} can be read")
+    return head[:size]
 
 
 def _why_not_there(number: int, kernel: tuple[int, int]) -> str:
