@@ -211,7 +211,7 @@ class AddressSpace:
         """:meth:`_resolve` for pages of the private interval that was found last, in one VMA; None elsewhere."""
         first, last, held = self._recent
         end = page + npages
-        if page < first or end > last + 1 or held is None or not self.alive:
+        if page < first or end > last + 1 or held is None or held.file is not None or not self.alive:
             return None
         try:
             vma = self.host.query(page << PAGE_SHIFT)
