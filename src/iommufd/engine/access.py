@@ -420,24 +420,28 @@ def _copy(world: World, task: Task | None, pages: Pages, start: int, data: memor
     if pages.source is not None:  # step 3
         _slow_copy(world, task, pages, start, data, write)
         return
-    if task is not None and not flags & _NOT_AS_CALLER and task.space is space:  # step 6
-        if write:
-            task.write(pages.base + start, data)
-        else:
-            task.read_into(pages.base + start, data)
-        return
-    if not (flags & ACCESS_RW_KTHREAD or task is None):  # step 4; step 5 is the kernel thread's
-        if (start & PAGE_OFFSET) + len(data) > PAGE_SIZE:
+    own = task is not None and task.space is space
+    if flags & _NOT_AS_CALLER or not own:
+        if not (flags & ACCESS_RW_KTHREAD or task is None):  # step 4; step 5 is the kernel thread's
+            if (start & PAGE_OFFSET) + len(data) > PAGE_SIZE:
+                _slow_copy(world, task, pages, start, data, write)
+                return
+            if world.fail is not None and world.fail(REMOTE_COPY, task):
+                raise KernelError(errno.EINVAL, "fault injection: copying one page of another process")
+        if not space.alive:
             _slow_copy(world, task, pages, start, data, write)
             return
-        if world.fail is not None and world.fail(REMOTE_COPY, task):
-            raise KernelError(errno.EINVAL, "fault injection: copying one page of another process")
-    if not space.alive:
-        _slow_copy(world, task, pages, start, data, write)
-    elif write:  # step 6: what is at the address now, under the protections the process set
-        space.write(pages.base + start, data)
+    # step 6, and the one-page path: what is at the address now, under the protections the process set
+    va = pages.base + start
+    if task is not None and own:
+        if write:
+            task.write(va, data)
+        else:
+            task.read_into(va, data)
+    elif write:
+        space.write(va, data)
     else:
-        data[:] = space.read(pages.base + start, len(data))
+        data[:] = space.read(va, len(data))
 
 
 def _slow_copy(world: World, task: Task | None, pages: Pages, start: int, data: memoryview, write: bool) -> None:
