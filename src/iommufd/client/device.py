@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, ClassVar
 from iommufd.client.errors import IommufdError
 from iommufd.client.hwpt import HWPT, NestedHWPT
 from iommufd.client.ioas import IOAS
-from iommufd.client.numbers import number
+from iommufd.client.numbers import U32, number
 from iommufd.client.objects import Object, PageTable
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ class Device(Object):
     def _pasid(self, pasid: int | None) -> int:
         if pasid is None:
             return 0
-        if number(pasid, "pasid", 2**32 - 1) == 0:
+        if number(pasid, "pasid", U32) == 0:
             raise ValueError("PASID 0 is the device itself: leave pasid out")
         return pasid
 
@@ -161,7 +161,7 @@ class Device(Object):
         from iommufd.client.hw_info import get_hw_info
 
         self._check()
-        return get_hw_info(self, None if type is None else number(type, "type", 2**32 - 1))
+        return get_hw_info(self, None if type is None else number(type, "type", U32))
 
     # ------------------------------------------------------------------------------------------------------------ life
 

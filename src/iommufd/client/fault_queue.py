@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from iommufd.client.numbers import items, number
+from iommufd.client.numbers import U32, items, number
 from iommufd.client.queues import Queue
 from iommufd.uapi import iommufd as u
 from iommufd.uapi.iommufd import iommu_hwpt_pgfault_perm, iommufd_page_response_code
@@ -134,8 +134,8 @@ class FaultQueue(Queue[FaultGroup]):
         if isinstance(groups, FaultGroup | int):
             groups = [groups]
         cookies = [group.cookie if isinstance(group, FaultGroup) else group for group in items(groups, "groups")]
-        code = number(code, "code", 2**32 - 1)
-        data = b"".join(struct.pack("<II", number(cookie, "a cookie", 2**32 - 1), code) for cookie in cookies)
+        code = number(code, "code", U32)
+        data = b"".join(struct.pack("<II", number(cookie, "a cookie", U32), code) for cookie in cookies)
         while data:  # an error after at least one answer is told as a short count: ask again to learn it
             data = data[self._handle.write(data) :]
 

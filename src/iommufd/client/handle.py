@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, SupportsIndex
 
 from iommufd.client.calls import refused, show
 from iommufd.client.errors import IommufdError
-from iommufd.client.numbers import instance, number, seconds
+from iommufd.client.numbers import U32, instance, number, seconds
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -219,7 +219,7 @@ class Handle:
 
 def check_ioctl(cmd: SupportsIndex, arg: object) -> None:
     """TypeError or ValueError, with a sentence, for what cannot be the arguments of an ioctl."""
-    number(cmd, "an ioctl's number", 2**32 - 1)
+    number(cmd, "an ioctl's number", U32)
     if not isinstance(arg, bytearray | int):
         raise TypeError(f"an ioctl's argument is a bytearray or a number, not {type(arg).__name__}")
 

@@ -14,7 +14,7 @@ from iommufd.client.buffers import Scratch
 from iommufd.client.calls import packed
 from iommufd.client.invalidation import invalidate
 from iommufd.client.mapping import span
-from iommufd.client.numbers import instance, number
+from iommufd.client.numbers import U32, instance, number
 from iommufd.client.objects import Object, PageTable
 from iommufd.uapi import iommufd as u
 from iommufd.uapi.declare import Struct
@@ -55,7 +55,7 @@ def alloc(target: Object, device: Device, flags: int, fault_queue: FaultQueue | 
         flags=flags,
         dev_id=device.id,
         pt_id=target.id,
-        data_type=number(data.data_type, "data_type", 2**32 - 1) if data is not None else u.IOMMU_HWPT_DATA_NONE,
+        data_type=number(data.data_type, "data_type", U32) if data is not None else u.IOMMU_HWPT_DATA_NONE,
         data_len=len(payload),
         data_uptr=memory.address if payload else 0,
         fault_id=fault_queue.id if fault_queue is not None else 0,
@@ -163,7 +163,7 @@ class HWPT(PageTable):
         memory = Scratch(payload)
         answer = self._do(
             u.iommu_viommu_alloc(
-                type=number(type, "type", 2**32 - 1),
+                type=number(type, "type", U32),
                 dev_id=device.id,
                 hwpt_id=self._id,
                 data_len=len(payload),

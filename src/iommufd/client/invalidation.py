@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, ClassVar, Protocol
 from iommufd.client.buffers import Scratch
 from iommufd.client.calls import pack, packed
 from iommufd.client.errors import IommufdError, invalidation_error
-from iommufd.client.numbers import U64, items, number
+from iommufd.client.numbers import U32, U64, items, number
 from iommufd.uapi import iommufd as u
 
 if TYPE_CHECKING:
@@ -105,17 +105,17 @@ class SMMUv3Invalidation:
     @classmethod
     def cfgi_cd(cls, sid: int, ssid: int = 0, *, leaf: bool = True) -> SMMUv3Invalidation:
         """The cached context descriptor of a stream and substream."""
-        return cls(0x05 | number(ssid, "ssid", 0xFFFFF) << 12 | number(sid, "sid", 2**32 - 1) << 32, int(leaf))
+        return cls(0x05 | number(ssid, "ssid", 0xFFFFF) << 12 | number(sid, "sid", U32) << 32, int(leaf))
 
     @classmethod
     def cfgi_cd_all(cls, sid: int) -> SMMUv3Invalidation:
         """All context descriptors of a stream."""
-        return cls(0x06 | number(sid, "sid", 2**32 - 1) << 32)
+        return cls(0x06 | number(sid, "sid", U32) << 32)
 
     @classmethod
     def atc_inv(cls, sid: int, addr: int = 0, log2_pages: int = 52, ssid: int | None = None) -> SMMUv3Invalidation:
         """What the device itself has cached: 2**``log2_pages`` pages at ``addr`` (52: everything)."""
-        low = 0x40 | number(sid, "sid", 2**32 - 1) << 32
+        low = 0x40 | number(sid, "sid", U32) << 32
         if ssid is not None:
             low |= 1 << 11 | number(ssid, "ssid", 0xFFFFF) << 12
         return cls(low, number(addr, "addr") & ~0xFFF | number(log2_pages, "log2_pages", 63))
@@ -135,9 +135,9 @@ def invalidate(target: Object, entries: Iterable[Entry]) -> int:
         size=u.iommu_hwpt_invalidate.SIZE,
         hwpt_id=target._id,
         data_uptr=memory.address,
-        data_type=number(kind, "data_type", 2**32 - 1),
+        data_type=number(kind, "data_type", U32),
         entry_len=length,
-        entry_num=number(len(entries), "the number of entries", 2**32 - 1),
+        entry_num=number(len(entries), "the number of entries", U32),
     )
     data = bytearray(query.pack())
     try:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
-from iommufd.client.numbers import number
+from iommufd.client.numbers import U32, number
 from iommufd.uapi import iommufd as u
 
 
@@ -62,7 +62,7 @@ class VTDStage1:
         return u.iommu_hwpt_vtd_s1(
             flags=flags,
             pgtbl_addr=number(self.pgtbl_addr, "pgtbl_addr"),
-            addr_width=number(self.addr_width, "addr_width", 2**32 - 1),
+            addr_width=number(self.addr_width, "addr_width", U32),
         ).pack()
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from iommufd.client.numbers import number
+from iommufd.client.numbers import U32, number
 from iommufd.client.queues import Queue
 from iommufd.uapi import iommufd as u
 
@@ -27,7 +27,7 @@ SIZES = {
 
 def size_of_event(type: int, given: int | None) -> int:
     """Bytes of one event of ``type``; ValueError when neither the caller nor we know."""
-    size = SIZES.get(number(type, "type", 2**32 - 1)) if given is None else number(given, "event_size", 1 << 20)
+    size = SIZES.get(number(type, "type", U32)) if given is None else number(given, "event_size", 1 << 20)
     if not size:
         raise ValueError(f"events of type {type:#x} are of no known size: give event_size")
     return size

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from iommufd.client.hwpt import NestedHWPT, alloc
 from iommufd.client.invalidation import invalidate
-from iommufd.client.numbers import instance, number
+from iommufd.client.numbers import U32, instance, number
 from iommufd.client.objects import Object
 from iommufd.uapi import iommufd as u
 
@@ -68,8 +68,8 @@ class VIOMMU(Object):
         answer = self._do(
             u.iommu_veventq_alloc(
                 viommu_id=self._id,
-                type=number(type, "type", 2**32 - 1),
-                veventq_depth=number(depth, "depth", 2**32 - 1),
+                type=number(type, "type", U32),
+                veventq_depth=number(depth, "depth", U32),
             )
         )
         return VEventQueue(self.context, answer.out_veventq_id, answer.out_veventq_fd, self, type, size)
@@ -81,8 +81,8 @@ class VIOMMU(Object):
         made in ascending and closed in descending order."""
         query = u.iommu_hw_queue_alloc(
             viommu_id=self._id,
-            type=number(type, "type", 2**32 - 1),
-            index=number(index, "index", 2**32 - 1),
+            type=number(type, "type", U32),
+            index=number(index, "index", U32),
             nesting_parent_iova=number(iova, "iova"),
             length=number(length, "length"),
         )

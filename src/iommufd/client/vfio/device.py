@@ -17,7 +17,7 @@ from iommufd.client.buffers import Scratch
 from iommufd.client.device import Device
 from iommufd.client.errors import IommufdError
 from iommufd.client.handle import Handle
-from iommufd.client.numbers import instance, number
+from iommufd.client.numbers import U32, instance, number
 from iommufd.client.vfio import feature
 from iommufd.client.vfio.chain import DeviceHandle, ask, chain, query
 from iommufd.client.vfio.discovery import device_file
@@ -165,7 +165,7 @@ class VFIODevice(Device):
     def region(self, index: int) -> Region:
         """Region ``index``; of a PCI device a ``vfio_pci_region_index``. EINVAL when it has none of that number."""
         self._check()
-        found = self._regions.get(number(index, "index", 2**32 - 1))
+        found = self._regions.get(number(index, "index", U32))
         if found is None:
             found = self._regions[index] = Region(self._handle, index)
         return found

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from iommufd.client.calls import fields, pack
 from iommufd.client.errors import IommufdError
-from iommufd.client.numbers import instance, number
+from iommufd.client.numbers import U32, instance, number
 from iommufd.uapi import vfio as v
 from iommufd.uapi.declare import Struct
 
@@ -37,14 +37,14 @@ PAYLOADS: dict[int, type[Struct]] = {
 
 def call(handle: Handle, flags: int, payload: bytes = b"") -> tuple[bytes, int]:
     """The ioctl as it is: the payload as it came back, and the call's result (a descriptor, for some)."""
-    data = bytearray(struct.pack("<II", HEAD + len(payload), number(flags, "flags", 2**32 - 1)) + payload)
+    data = bytearray(struct.pack("<II", HEAD + len(payload), number(flags, "flags", U32)) + payload)
     result = handle.ioctl(v.VFIO_DEVICE_FEATURE, data)
     return bytes(data[HEAD:]), result
 
 
 def probe(handle: Handle, feature: int, ways: int = 0) -> bool:
     """Whether the device has ``feature`` for all of ``ways`` (GET, SET)."""
-    flags = number(feature, "feature", v.VFIO_DEVICE_FEATURE_MASK) | number(ways, "ways", 2**32 - 1) | PROBE
+    flags = number(feature, "feature", v.VFIO_DEVICE_FEATURE_MASK) | number(ways, "ways", U32) | PROBE
     try:
         call(handle, flags)
     except IommufdError as error:

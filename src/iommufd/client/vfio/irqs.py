@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Self
 from iommufd.client.backends.kernel import KernelBackend
 from iommufd.client.errors import IommufdError
 from iommufd.client.handle import POLLIN, Handle
-from iommufd.client.numbers import items, number, plural
+from iommufd.client.numbers import U32, items, number, plural
 from iommufd.client.vfio.chain import ask
 from iommufd.uapi import vfio as v
 
@@ -106,7 +106,7 @@ class Irq:
 
     def __init__(self, handle: Handle, index: int) -> None:
         self._handle = handle
-        query = v.vfio_irq_info(index=number(index, "index", 2**32 - 1))
+        query = v.vfio_irq_info(index=number(index, "index", U32))
         info = ask(handle, v.VFIO_DEVICE_GET_IRQ_INFO, query)
         self.index = index
         self.count: int = info.count
@@ -173,7 +173,7 @@ class Irq:
             self._set(v.VFIO_IRQ_SET_DATA_BOOL | action, start, len(chosen), chosen)
 
     def _set(self, flags: int, start: int, count: int, data: bytes = b"") -> None:
-        start, count = number(start, "start", 2**32 - 1), number(count, "count", 2**32 - 1)
+        start, count = number(start, "start", U32), number(count, "count", U32)
         self._handle.ioctl(
             v.VFIO_DEVICE_SET_IRQS,
             bytearray(HEAD.pack(HEAD.size + len(data), flags, self.index, start, count) + data),

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Self
 from iommufd.client.buffers import piece
 from iommufd.client.calls import fields
 from iommufd.client.handle import POLLIN, Handle
-from iommufd.client.numbers import number
+from iommufd.client.numbers import U32, number
 from iommufd.client.vfio import feature
 from iommufd.client.vfio.chain import ask
 from iommufd.uapi import vfio as v
@@ -133,7 +133,7 @@ class Migration:
         The stream of the session that begins with it, if one does: entering PRE_COPY or STOP_COPY (not from each
         other) and RESUMING. After an error the device may be anywhere on the way: look at :attr:`state`; from ERROR
         only ``device.reset()`` leads back to RUNNING. EINVAL for a state it does not have and a way there is not."""
-        wanted = number(state, "state", 2**32 - 1)
+        wanted = number(state, "state", U32)
         answer = feature.put(
             self._handle,
             v.VFIO_DEVICE_FEATURE_MIG_DEVICE_STATE,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from iommufd.client.buffers import piece
 from iommufd.client.errors import IommufdError
-from iommufd.client.numbers import number, size
+from iommufd.client.numbers import U32, number, size
 from iommufd.client.vfio.chain import ask, chain, query
 from iommufd.client.vfio.irqs import descriptor
 from iommufd.uapi import vfio as v
@@ -27,9 +27,7 @@ class Region:
 
     def __init__(self, handle: Handle, index: int) -> None:
         self._handle = handle
-        info, data = query(
-            handle, v.VFIO_DEVICE_GET_REGION_INFO, v.vfio_region_info(index=number(index, "index", 2**32 - 1))
-        )
+        info, data = query(handle, v.VFIO_DEVICE_GET_REGION_INFO, v.vfio_region_info(index=number(index, "index", U32)))
         self.index = index
         self.size: int = info.size
         self.offset: int = info.offset
