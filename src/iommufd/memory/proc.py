@@ -31,7 +31,7 @@ from iommufd.memory.vma import READ, SHARED, WRITE, Vma
 PROCMAP_QUERY = 0xC0686611  # _IOWR('f', 17, struct procmap_query), Linux 6.11
 PROCMAP_QUERY_COVERING_OR_NEXT_VMA = 0x10
 PAGEMAP_SCAN = 0xC0606610  # _IOWR('f', 16, struct pm_scan_arg), Linux 6.7
-PAGE_IS_PRESENT, PAGE_IS_SWAPPED, PAGE_IS_GUARD = 1 << 3, 1 << 4, 1 << 8
+PAGE_IS_PRESENT, PAGE_IS_SWAPPED = 1 << 3, 1 << 4
 
 # struct procmap_query: size flags addr | start end vma_flags page_size offset inode |
 # major minor name_size build_id_size | name_addr build_id_addr
@@ -366,18 +366,6 @@ class ProcHost:
         except ProcessLookupError:
             return []
         return found
-
-    def guarded(self, start: int, end: int) -> bool:
-        """Whether ``[start, end)`` has guard regions (MADV_GUARD_INSTALL; told by Linux 6.16 and later)."""
-        regions = bytearray(_REGION.size)
-        question = bytearray(
-            _SCAN.pack(_SCAN.size, 0, start, end, 0, _address(regions), 1, 1, 0, 0, PAGE_IS_GUARD, PAGE_IS_GUARD)
-        )
-        try:
-            found: int = fcntl.ioctl(self._pagemap, PAGEMAP_SCAN, question)
-        except OSError:
-            return False
-        return found > 0
 
     def _scan(self, start: int, end: int) -> list[tuple[int, int]]:
         regions = bytearray(_REGIONS * _REGION.size)
