@@ -63,6 +63,13 @@ def test_relative_paths_and_links(supervised: Supervised, tmp_path: Path) -> Non
         own = os.open("/dev/vfio", os.O_RDONLY | os.O_DIRECTORY)
         assert fcntl.ioctl(os.open("vfio", os.O_RDWR, dir_fd=own), COUNT) == 1
         assert fcntl.ioctl(os.open("../iommu", os.O_RDWR, dir_fd=own), COUNT) == 1
+        for up in ("/dev/vfio/..", "/dev/vfio/../."):
+            assert os.stat(up).st_ino == os.stat("/dev").st_ino and os.access(up, os.R_OK), up
+        assert os.stat("/dev/vfio/../null").st_rdev == os.stat("/dev/null").st_rdev
+        fails(errno.ENOENT, os.stat, "/dev/vfio/../vfio2")
+        fails(errno.ENOENT, os.chdir, "/dev/vfio")  # docs/deviations.md
+        os.fchdir(own)
+        assert stat.S_ISCHR(os.stat("vfio").st_mode)
     """,
         str(tmp_path),
     )

@@ -300,7 +300,7 @@ class PathCalls:
             return status.of_node(node.path, node.mode, node.rdev, size)
         if place.directory:
             return status.of_node(place.path, stat.S_IFDIR | 0o755, (0, 0))
-        return None
+        return status.of_host(place.path, no_follow) if place.detour else None
 
     def _carrier_status(self, carrier: Carrier) -> Status:
         node = self._machine.node(carrier.path) if carrier.path else None

@@ -37,9 +37,9 @@ class Place:
 
     ``node``: a node of the machine; ``directory``: a directory of ours; ``union``: one of the host's that lacks
     entries of ours; ``carrier``: an open file reached through /proc/PID/fd; ``not_directory``: the path goes on
-    behind a file."""
+    behind a file; ``detour``: it goes up again from a directory of ours, so that the host cannot follow it."""
 
-    __slots__ = ("carrier", "directory", "linked", "node", "not_directory", "path", "slash", "union")
+    __slots__ = ("carrier", "detour", "directory", "linked", "node", "not_directory", "path", "slash", "union")
 
     def __init__(self, path: str) -> None:
         self.path = path
@@ -50,6 +50,7 @@ class Place:
         self.not_directory = False
         self.slash = False
         self.linked = False
+        self.detour = False
 
     @property
     def status_of(self) -> int | None:
@@ -148,6 +149,8 @@ class Resolver:
         while todo:
             part = todo.pop()
             if part == "..":
+                if here in self._own_directories and not root:
+                    place.detour = True
                 here = os.path.dirname(here)
                 continue
             candidate = f"/{part}" if here == "/" else f"{here}/{part}"

@@ -59,6 +59,18 @@ def of_node(path: str, mode: int, rdev: tuple[int, int], size: int = 0) -> Statu
     )
 
 
+def of_host(path: str, no_follow: bool = False) -> Status | None:
+    """A file of the host at an absolute path, its links left out of sight; None when there is none."""
+    try:
+        real = os.stat(path, follow_symlinks=not no_follow)
+    except OSError:
+        return None
+    return Status(
+        *(real.st_mode, real.st_dev, real.st_ino, real.st_rdev, real.st_nlink, real.st_size, real.st_uid, real.st_gid),
+        seconds=int(real.st_mtime),
+    )
+
+
 def of_anonymous(inode_holder: int, size: int = 0) -> Status:
     """A file without a path: ``inode_holder`` is any descriptor of ours on the anonymous inode, say an inotify."""
     real = os.fstat(inode_holder)
