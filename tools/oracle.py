@@ -25,7 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from tools import kernel_tree
@@ -70,8 +70,18 @@ def initrd() -> Path:
     return target
 
 
-def boot(job: str, out: Path, extra: Sequence[str] = (), timeout: float = 1800.0) -> int:
+def boot(
+    job: str,
+    out: Path,
+    extra: Sequence[str] = (),
+    timeout: float = 1800.0,
+    *,
+    memory: str = "4G",
+    start: Callable[..., subprocess.Popen[bytes]] = subprocess.Popen,
+) -> int:
     """Runs the bash script ``job`` on the oracle's kernel, printing what it prints; returns its exit status.
+
+    ``start`` starts QEMU, as Popen would: a software machine's ``popen`` puts it there.
 
     The job sees this machine's files read-only, a fresh /tmp, and ``out`` as the writable /tmp/out. 125: the VM ended
     without telling a status (the console's last lines are printed).
@@ -93,7 +103,7 @@ def boot(job: str, out: Path, extra: Sequence[str] = (), timeout: float = 1800.0
         "-cpu",
         "max",
         "-m",
-        "4G",
+        memory,
         "-smp",
         "2",
         "-display",
@@ -112,7 +122,7 @@ def boot(job: str, out: Path, extra: Sequence[str] = (), timeout: float = 1800.0
         "-virtfs",
         f"local,path={out},mount_tag=out,security_model=none",
     ]
-    qemu = subprocess.Popen(command, stdin=subprocess.DEVNULL)
+    qemu = start(command, stdin=subprocess.DEVNULL)
     deadline = time.monotonic() + timeout
     shown = {"stdout": 0, "stderr": 0}
     try:
