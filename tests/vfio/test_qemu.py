@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from iommufd.engine.task import CAP_IPC_LOCK
 from iommufd.iommu.extent_domain import ExtentDomain
 from iommufd.machine.machine import Machine
 from iommufd.machine.snapshot import IoasView
@@ -73,6 +74,7 @@ def machine() -> Iterator[Machine]:
     with Machine("host") as made:
         registers = PciLayout(vendor=0x1AF4, device=0x10F0, bars=(Bar(0x1000),))
         made.add_device(ADDRESS, layout=registers, model=partial(Scribe, made))
+        made.world.granted = 1 << CAP_IPC_LOCK  # an ordinary user may not lock a guest's memory
         yield made
 
 
