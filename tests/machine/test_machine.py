@@ -39,6 +39,8 @@ def test_other_paths_are_not_ours() -> None:
         assert machine.open(path, None, os.O_RDWR) is None
     with pytest.raises(KernelError, match="ENOTDIR"):
         machine.open("/dev/iommu", None, os.O_RDONLY | os.O_DIRECTORY)
+    with pytest.raises(KernelError, match="EINVAL"):
+        machine.open("/dev/iommu", None, os.O_RDWR | os.O_DIRECT)
 
 
 def test_what_stat_shows() -> None:

@@ -545,6 +545,25 @@ def test_open_modes(p: Program, iommufd: int) -> None:
         assert caught.value.errno == number
 
 
+def test_what_the_vfs_decides(p: Program, iommufd: int) -> None:
+    """Before the device is asked, bound or not."""
+    writer, both = p.open("/dev/vfio/devices/vfio3", os.O_WRONLY), p.cdev(NETWORK)
+    for fd, offset, flags, number in (
+        (writer, 0, mmap.MAP_SHARED, errno.EACCES),
+        (writer, 0, mmap.MAP_PRIVATE, errno.EACCES),
+        (writer, 2**64 - 4096, mmap.MAP_SHARED, errno.EOVERFLOW),
+        (both, 2**64 - 4096, mmap.MAP_SHARED, errno.EOVERFLOW),
+        (both, 2**64 - 8192, mmap.MAP_SHARED, errno.EINVAL),
+    ):
+        with pytest.raises(OSError, match=r"map|offset|bound") as caught:
+            p.backend.mmap(fd, 4096, mmap.PROT_READ, flags, offset)
+        assert caught.value.errno == number
+    assert p.open("/dev/vfio/devices/vfio3", os.O_RDWR | os.O_DIRECT) == "EINVAL"
+    group = p.group(NETWORK)
+    assert p.open(f"/dev/vfio/{p.machine.pci[NETWORK].group.node}", os.O_RDWR | os.O_DIRECT) == "EBUSY"
+    p.close(group)
+
+
 def test_links_and_positions(p: Program, iommufd: int) -> None:
     fd, _ = p.bound(ALONE, iommufd)
     assert p.file(fd).link == "/dev/vfio/devices/vfio0"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
 import struct
@@ -12,7 +13,7 @@ import pytest
 from iommufd.engine.task import CAP_SYS_RAWIO
 from iommufd.iommu.group import Group
 from iommufd.machine.machine import Machine
-from tests.vfio.conftest import ALONE, EDU, FIRST, SECOND, Edu
+from tests.vfio.conftest import ALONE, EDU, FIRST, NETWORK, SECOND, Edu
 from tests.vfio.program import (
     ATTACH,
     BAD,
@@ -321,3 +322,15 @@ def test_vfio_9_1_row_4_a_group_without_devices(p: Program, iommufd: int) -> Non
     p.machine.pci.remove(ALONE)
     assert set_container(p, group, iommufd) == "ENODEV"
     assert status(p, group) == "ENODEV"
+
+
+def test_a_device_of_a_group_is_an_anonymous_inode(p: Program) -> None:
+    """From which no code is mapped; a device file has no such rule."""
+    group, iommufd = p.group(NETWORK), p.iommufd()
+    set_container(p, group, iommufd)
+    fd = device_fd(p, group, NETWORK)
+    assert isinstance(fd, int)
+    with pytest.raises(OSError, match="PROT_EXEC") as caught:
+        p.backend.mmap(fd, 4096, mmap.PROT_EXEC, mmap.MAP_SHARED, 0)
+    assert caught.value.errno == errno.EPERM
+    p.backend.mmap(fd, 4096, mmap.PROT_READ, mmap.MAP_SHARED, 0).release()

@@ -50,6 +50,30 @@ for address in addresses:
     ]
 
 
+def test_addresses_above_user_space() -> None:
+    """The VFS looks at them before the device does, whatever is there to be moved."""
+    assert (
+        _run(
+            """
+import ctypes
+libc = ctypes.CDLL(None, use_errno=True)
+fd = os.open(cdev_of("0000:00:03.0"), os.O_RDWR)
+def answers(call):
+    high = -4096
+    for addr, count, at in ((high, 0, 7 << 40), (high, 4, 6 << 40), (4096, 2**63, 0), (16, 4, 9 << 40), (high, 4, -1)):
+        call(fd, ctypes.c_long(addr), ctypes.c_ulong(count), ctypes.c_long(at))
+        yield os.strerror(ctypes.get_errno())
+for bound in (False, True):
+    if bound:
+        ioctl(fd, 118, "IIiI", 16, 0, iommufd, 0)
+    for call in (libc.pread, libc.pwrite):
+        print(*answers(call), sep=", ")
+"""
+        )
+        == ["Bad address, Bad address, Bad address, Invalid argument, Invalid argument"] * 4
+    )
+
+
 def test_bars_are_shared_memory() -> None:
     assert _run(
         """

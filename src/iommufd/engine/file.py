@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from iommufd.engine.task import Task
 
 POLLIN, POLLOUT, POLLRDNORM, POLLWRNORM = 0x001, 0x004, 0x040, 0x100
+PROT_WRITE, PROT_EXEC = 2, 4
 ALWAYS_READY = POLLIN | POLLOUT | POLLRDNORM | POLLWRNORM
 
 
@@ -162,3 +163,18 @@ class File:
 
     def release(self) -> None:
         """The last reference went. Never fails."""
+
+
+def may_map(file: File, offset: int, length: int, prot: int, shared: bool) -> None:
+    """What the VFS decides of a mapping before ``file`` is asked (kernel: do_mmap). ``length`` is whole pages.
+
+    EOVERFLOW beyond the last offset, EACCES for what the open mode does not allow, EPERM for code of an anonymous
+    inode."""
+    if offset + length > 2**64 - 1:
+        raise KernelError(errno.EOVERFLOW, f"offset {offset:#x}+{length:#x} ends beyond the last offset")
+    if file.mode in (1, 3):
+        raise KernelError(errno.EACCES, "a descriptor that cannot be read cannot be mapped")
+    if file.mode == 0 and shared and prot & PROT_WRITE:
+        raise KernelError(errno.EACCES, "PROT_WRITE on a descriptor opened O_RDONLY")
+    if prot & PROT_EXEC and file.link.startswith("anon_inode:"):
+        raise KernelError(errno.EPERM, f"{file.link} cannot be mapped with PROT_EXEC")

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING
 
-from iommufd.engine.file import File
+from iommufd.engine.file import File, may_map
 from iommufd.errors import KernelError
 from iommufd.interpose.descriptors import descriptor_flags
 from iommufd.interpose.filter import MAP_ANONYMOUS
@@ -35,9 +35,10 @@ Handler = Callable[[Trap], "int | Pending | Proceed | Answered"]
 
 # Generic ioctls that the VFS answers before the driver sees them, and answers rightly for a carrier.
 FIGETBSZ, FIONBIO, FIONCLEX, FIOCLEX, FIOASYNC, FS_IOC_FIEMAP = 2, 0x5421, 0x5450, 0x5451, 0x5452, 0xC020660B
+FIOQSIZE = 0x5460
 GENERIC_IOCTLS = frozenset((FIGETBSZ, FIONBIO, FIONCLEX, FIOCLEX, FIOASYNC, FS_IOC_FIEMAP))
 
-F_DUPFD, F_GETFL, F_SETLEASE, F_NOTIFY, F_DUPFD_CLOEXEC = 0, 3, 1024, 1026, 1030
+F_DUPFD, F_GETFL, F_SETFL, F_SETLEASE, F_NOTIFY, F_DUPFD_CLOEXEC = 0, 3, 4, 1024, 1026, 1030
 F_SETPIPE_SZ, F_GETPIPE_SZ, F_ADD_SEALS, F_GET_SEALS = 1031, 1032, 1033, 1034
 FCNTL_ERRORS = {
     F_SETLEASE: errno.EINVAL,
@@ -52,6 +53,7 @@ O_LARGEFILE = 0o400000 if os.uname().machine == "aarch64" else 0o100000
 MAX_RW_COUNT = 0x7FFFF000
 UIO_MAXIOV = 1024
 PAGE_MASK = 0xFFF
+USER_END = 2**63  # no address of user space lies above, however many levels page tables have
 CLOSE_RANGE_UNSHARE, CLOSE_RANGE_CLOEXEC = 2, 4
 
 
@@ -85,6 +87,8 @@ class FileCalls:
         if found is None or cmd in GENERIC_IOCTLS:
             return PROCEED
         carrier, task = found
+        if cmd == FIOQSIZE and not carrier.flags & os.O_PATH:
+            raise KernelError(errno.ENOTTY, "FIOQSIZE is for files and directories")
         if carrier.mapped:
             self._mappings.settle(carrier, trap.tid)
         if self._world.instruments:
@@ -149,6 +153,10 @@ class FileCalls:
             if _missing(file, writing):
                 return operation(task, 0, 0, position)
             pieces = self._iovecs(task, trap.args[1], trap.args[2])
+        if not _missing(file, writing):
+            for addr, count in pieces:
+                if addr + count > USER_END:
+                    raise KernelError(errno.EFAULT, f"{addr:#x}+{count:#x} is not an address of user space")
         done = 0
         for addr, count in pieces:
             count = min(count, MAX_RW_COUNT - done)
@@ -184,6 +192,8 @@ class FileCalls:
         if found is not None:
             if found[0].flags & os.O_PATH:
                 raise _bad(trap, "was opened with O_PATH")
+            if trap.args[2] & 0xFFFFFFFF > os.SEEK_HOLE:
+                raise KernelError(errno.EINVAL, f"whence {trap.args[2] & 0xFFFFFFFF} is not known")
             return found[0].file.lseek(found[1], signed64(trap.args[1]), trap.args[2] & 0xFFFFFFFF)
         listing = self._listing(trap, fd)
         return PROCEED if listing is None else listing.seek(signed64(trap.args[1]), trap.args[2] & 0xFFFFFFFF)
@@ -256,12 +266,17 @@ class FileCalls:
         fd, cmd = fd_of(trap.args[0]), trap.args[1] & 0xFFFFFFFF
         if cmd in (F_DUPFD, F_DUPFD_CLOEXEC):
             return self._duplicate(trap, trap.args[2] & 0xFFFFFFFF, cmd == F_DUPFD_CLOEXEC)
-        if cmd != F_GETFL and cmd not in FCNTL_ERRORS:
+        direct = cmd == F_SETFL and trap.args[2] & os.O_DIRECT
+        if cmd != F_GETFL and cmd not in FCNTL_ERRORS and not direct:
             return PROCEED
         found = self._find(trap, fd)
         if found is None:
             return PROCEED
         carrier = found[0]
+        if direct:
+            if carrier.flags & os.O_PATH:
+                return PROCEED
+            raise KernelError(errno.EINVAL, "O_DIRECT is not for this kind of file")
         if cmd == F_GETFL:
             native = descriptor_flags(trap.tid, fd)
             if native is None:
@@ -309,13 +324,18 @@ class FileCalls:
         if flags & MAP_ANONYMOUS:
             return PROCEED
         found = self._find(trap, fd_of(fd))
-        if found is None or length == 0 or offset & PAGE_MASK or length >= 2**63:
+        if found is None or offset & PAGE_MASK:
             return PROCEED
         carrier, task = found
         if carrier.flags & os.O_PATH:
-            raise _bad(trap, "was opened with O_PATH")
+            raise KernelError(errno.EBADF, f"descriptor {signed32(fd)} was opened with O_PATH")
+        if length == 0 or length >= 2**63:
+            return PROCEED
         length = (length + PAGE_MASK) & ~PAGE_MASK
-        shared = flags & 0xF in (1, 3)
+        if flags & 0xF not in (1, 2, 3):
+            return PROCEED  # neither shared nor private
+        shared = flags & 0xF != 2
+        may_map(carrier.file, offset, length, prot, shared)
         if self._world.instruments:
             from iommufd.observe import watch
 

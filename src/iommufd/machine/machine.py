@@ -16,6 +16,7 @@ Invariants:
 from __future__ import annotations
 
 import errno
+import os
 import stat
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -319,14 +320,18 @@ class Machine:
     def open(self, path: str, task: Task | None, flags: int) -> File | None:
         """Opens ``path`` (absolute, resolved) with the flags of open(2); None when the path is not one of ours.
 
-        KernelError ENOTDIR for O_DIRECTORY on a device; directories are not ours to open (the caller lists
-        :meth:`paths`)."""
+        KernelError ENOTDIR for O_DIRECTORY on a device, EINVAL for O_DIRECT; directories are not ours to open (the
+        caller lists :meth:`paths`)."""
         node = self.node(path)
         if node is None or node.opener is None or self._closed:
             return None
         if flags & _O_DIRECTORY:
             raise KernelError(errno.ENOTDIR, f"{path} is a device, not a directory")
-        return node.opener(task, flags)
+        file = node.opener(task, flags)
+        if flags & os.O_DIRECT:  # the VFS asks only after the file has agreed
+            file.put()
+            raise KernelError(errno.EINVAL, f"{path} is a device; O_DIRECT is for files")
+        return file
 
     def _open_iommu(self, task: Task | None, flags: int) -> File:
         return self._context(Mode.USER, task, flags)

@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 
 CONFIG, ROM = v.VFIO_PCI_CONFIG_REGION_INDEX, v.VFIO_PCI_ROM_REGION_INDEX
 IO_LIMIT = 1 << 20  # bytes of one read or write that are moved; the rest is a short count
-PROT_WRITE = 2
 MSIX_CAP = v.vfio_info_cap_header(id=v.VFIO_REGION_INFO_CAP_MSIX_MAPPABLE, version=1, next=0)
 
 
@@ -293,8 +292,6 @@ class DeviceFile(File):
 
         One open of a device at a time can have mappings; a second one, which only a group can give, is refused too."""
         self._check_granted()
-        if self.mode == 0 and shared and prot & PROT_WRITE:
-            raise KernelError(errno.EACCES, "PROT_WRITE on a descriptor opened O_RDONLY")
         device = self.device
         index, start = offset >> REGION_SHIFT, offset & ((1 << REGION_SHIFT) - 1)
         bar = device.function.bar_mapped(index)

@@ -193,12 +193,16 @@ class Interrupts:
             if new is not None:
                 self.notices[head.index] = new
             return
+        if kind == BOOL:  # with nobody to hear it, it is no error
+            if data[0] and event is not None:
+                event.signal()
+            return
         if event is None:
             raise KernelError(errno.EINVAL, f"interrupt index {head.index} has no signal set")
-        if kind == NONE and not head.count:
-            self.notices.pop(head.index).close()
-        elif kind == NONE or data[0]:
+        if head.count:
             event.signal()
+        else:
+            self.notices.pop(head.index).close()
 
     def _mask_intx(self, task: Task, head: v.vfio_irq_set, action: int, kind: int, data: bytes) -> None:
         self._check_intx(head)
@@ -267,6 +271,8 @@ class Interrupts:
                 event.signal()
 
     def _enable_msi(self, index: int, vectors: int) -> None:
+        if not vectors:
+            raise KernelError(errno.ERANGE, f"interrupt index {index} cannot be configured for no vector")
         self.active = index
         self.vectors = [None] * vectors
         if index == MSI:

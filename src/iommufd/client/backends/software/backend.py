@@ -29,7 +29,7 @@ from iommufd.client.backends.software.descriptors import Descriptors
 from iommufd.client.backends.software.own_task import STRUCT, OwnProcess, OwnTask, task_class
 from iommufd.client.errors import IommufdError
 from iommufd.engine.context import Context
-from iommufd.engine.file import File, Pending
+from iommufd.engine.file import File, Pending, may_map
 from iommufd.engine.map_array import ELEMENT, map_array
 from iommufd.errors import KernelError
 from iommufd.uapi.iommufd import IOMMU_IOAS_MAP
@@ -220,6 +220,7 @@ class SoftwareBackend:
         length = -(-length // 4096) * 4096
         try:
             shared = bool(flags & _mmap.MAP_SHARED)
+            may_map(file, offset % 2**64, length, prot, shared)
             if self._instruments:
                 from iommufd.observe import watch
 
