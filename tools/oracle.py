@@ -78,10 +78,11 @@ def boot(
     *,
     memory: str = "4G",
     start: Callable[..., subprocess.Popen[bytes]] = subprocess.Popen,
+    qemu: str = "qemu-system-x86_64",
 ) -> int:
     """Runs the bash script ``job`` on the oracle's kernel, printing what it prints; returns its exit status.
 
-    ``start`` starts QEMU, as Popen would: a software machine's ``popen`` puts it there.
+    ``start`` starts ``qemu``, as Popen would: a software machine's ``popen`` puts it there.
 
     The job sees this machine's files read-only, a fresh /tmp, and ``out`` as the writable /tmp/out. 125: the VM ended
     without telling a status (the console's last lines are printed).
@@ -95,7 +96,7 @@ def boot(
     (out / "job").write_text(f"{exports}cd {shlex.quote(str(ROOT))}\n{job}\n")
     (out / "keep").write_text("".join(f"{path}\n" for path in hidden([ROOT, Path(sys.prefix), Path(sys.base_prefix)])))
     command = [
-        "qemu-system-x86_64",
+        qemu,
         *extra,
         *shlex.split(os.environ.get("QEMU_EXTRA", "")),
         "-accel",
@@ -122,17 +123,17 @@ def boot(
         "-virtfs",
         f"local,path={out},mount_tag=out,security_model=none",
     ]
-    qemu = start(command, stdin=subprocess.DEVNULL)
+    running = start(command, stdin=subprocess.DEVNULL)
     deadline = time.monotonic() + timeout
     shown = {"stdout": 0, "stderr": 0}
     try:
-        while qemu.poll() is None and time.monotonic() < deadline:
+        while running.poll() is None and time.monotonic() < deadline:
             time.sleep(0.1)
             show_new(out, shown)
     finally:
-        if qemu.poll() is None:
-            qemu.kill()
-        qemu.wait()
+        if running.poll() is None:
+            running.kill()
+        running.wait()
     show_new(out, shown)
     return verdict(out)
 

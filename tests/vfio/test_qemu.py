@@ -1,12 +1,14 @@
 """An unmodified VMM on the software machine: QEMU gives one of its PCI devices to a guest.
 
-It comes by the type1 container, as QEMU always could: sysfs, group, container, regions, interrupts, and all of the
-guest's memory mapped. The device is a Python object, so the test sees where its DMA goes. KVM is not needed.
+It comes by the type1 container, as QEMU always could, and by /dev/iommu and the device file, as since 8.2: sysfs,
+regions, interrupts, and all of the guest's memory mapped. The device is a Python object, so the test sees where its DMA
+goes. KVM is not needed. ``QEMU`` in the environment is another one to try.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -26,7 +28,7 @@ from iommufd.vfio.pci_function import PciFunction
 from tools import kernel_tree, oracle
 
 ADDRESS = "0000:01:00.0"
-QEMU = shutil.which("qemu-system-x86_64") or ""
+QEMU = os.environ.get("QEMU") or shutil.which("qemu-system-x86_64") or ""
 GREETING = b"written by a device"
 pytestmark = pytest.mark.skipif(not QEMU, reason="there is no qemu-system-x86_64 here (make oracle brings it)")
 
@@ -78,13 +80,25 @@ def machine() -> Iterator[Machine]:
         yield made
 
 
+@pytest.fixture(params=["container", "iommufd"])
+def device(request: pytest.FixtureRequest) -> list[str]:
+    """QEMU's options for the device."""
+    if request.param == "container":
+        return ["-device", f"vfio-pci,host={ADDRESS}"]
+    known = subprocess.run([QEMU, "-object", "help"], capture_output=True, text=True, check=True).stdout
+    if "iommufd" not in known.split():
+        pytest.skip("this QEMU is older than 8.2 and knows no iommufd")
+    return ["-object", "iommufd,id=iommufd0", "-device", f"vfio-pci,host={ADDRESS},iommufd=iommufd0"]
+
+
 class Monitor:
     """QEMU with the device and a guest that has not begun, by QMP."""
 
-    def __init__(self, machine: Machine) -> None:
+    def __init__(self, machine: Machine, device: list[str]) -> None:
         words = ["-accel", "tcg", "-machine", "q35", "-m", "64", "-nodefaults", "-display", "none", "-qmp", "stdio"]
-        words += ["-S", "-device", f"vfio-pci,host={ADDRESS},id=passed"]
-        self.program = machine.popen([QEMU, *words], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.program = machine.popen(
+            [QEMU, *words, "-S", *device], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
         assert "QMP" in json.loads(self.program.stdout.readline())
         self.do("qmp_capabilities")
 
@@ -100,8 +114,8 @@ class Monitor:
         return str(self.do("human-monitor-command", **{"command-line": line}))
 
 
-def test_qemu_takes_the_device_and_maps_its_guest(machine: Machine) -> None:
-    qemu = Monitor(machine)
+def test_qemu_takes_the_device_and_maps_its_guest(machine: Machine, device: list[str]) -> None:
+    qemu = Monitor(machine, device)
     shown = qemu.ask("info pci")
     assert "1af4:10f0" in shown, shown
     areas = machine.snapshot().one(IoasView).areas
@@ -118,7 +132,9 @@ def test_qemu_takes_the_device_and_maps_its_guest(machine: Machine) -> None:
 
 
 @pytest.mark.slow
-def test_a_guest_drives_the_device(machine: Machine, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_guest_drives_the_device(
+    machine: Machine, device: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     """A Linux guest gives the device the physical address of a page, and finds the page written."""
     if kernel_tree.cached("bzImage") is None:
         pytest.skip("the kernel that would be the guest is not built (make oracle)")
@@ -142,7 +158,7 @@ registers[0] = frame * 4096 + 100
 print(registers[1] - before, bytes(page[100:119]), page[99], page[119])
 END
 """
-    extra = ["-M", "q35", "-device", f"vfio-pci,host={ADDRESS}"]
-    assert oracle.boot(job, tmp_path, extra, timeout=120, memory="512M", start=machine.popen) == 0
+    extra = ["-M", "q35", *device]
+    assert oracle.boot(job, tmp_path, extra, timeout=120, memory="512M", start=machine.popen, qemu=QEMU) == 0
     assert capfd.readouterr().out.split(maxsplit=1)[1].strip() == f"{GREETING!r} 1 1"
     assert machine.snapshot().contexts == ()
