@@ -559,6 +559,13 @@ def test_what_the_vfs_decides(p: Program, iommufd: int) -> None:
             p.backend.mmap(fd, 4096, mmap.PROT_READ, flags, offset)
         assert caught.value.errno == number
     assert p.open("/dev/vfio/devices/vfio3", os.O_RDWR | os.O_DIRECT) == "EINVAL"
+    p.bind(writer, iommufd)
+    with pytest.raises(OSError, match="reading"):
+        p.backend.read(writer, 4, CONFIG)
+    p.close(writer)
+    reader = p.open("/dev/vfio/devices/vfio3", os.O_RDONLY)
+    with pytest.raises(OSError, match="writing"):
+        p.backend.write(reader, b"", CONFIG)
     group = p.group(NETWORK)
     assert p.open(f"/dev/vfio/{p.machine.pci[NETWORK].group.node}", os.O_RDWR | os.O_DIRECT) == "EBUSY"
     p.close(group)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import select
+import threading
 from collections.abc import Iterator
 
 import pytest
@@ -94,6 +96,44 @@ def test_intx_masks_itself(p: Program, fd: int, ev: list[int]) -> None:
     assert value(ev[0]) == 0
     p.irqs(fd, BOOL | UNMASK, INTX, 0, 1, b"\1")
     assert value(ev[0]) == 1
+
+
+def test_intx_is_unmasked_by_an_eventfd(p: Program, fd: int, ev: list[int]) -> None:
+    def unmasked_by(number: int) -> object:
+        return p.irqs(fd, EVENTFD | UNMASK, INTX, 0, 1, eventfds(number))
+
+    def fires(eventfd: int) -> bool:
+        poller = select.poll()
+        poller.register(eventfd, select.POLLIN)
+        return bool(poller.poll(10_000)) and value(eventfd) == 1
+
+    interrupts = p.machine.pci[NETWORK].function.interrupts
+    p.irqs(fd, EVENTFD | TRIGGER, INTX, 0, 1, eventfds(ev[0]))
+    assert unmasked_by(ev[1]) == 0
+    assert [unmasked_by(ev[2]), unmasked_by(9999), unmasked_by(0)] == ["EBUSY", "EBADF", "EINVAL"]
+    interrupts.set_intx(True)
+    assert value(ev[0]) == 1
+    for _ in range(3):  # the line is still up
+        os.eventfd_write(ev[1], 1)
+        assert fires(ev[0])
+        assert value(ev[1]) == 0
+    assert [unmasked_by(-1), unmasked_by(ev[2])] == [0, 0]
+    os.eventfd_write(ev[1], 1)
+    assert interrupts.masked
+    os.eventfd_write(ev[2], 1)
+    assert fires(ev[0])
+    assert value(ev[1]) == 1
+
+
+def test_closing_the_device_ends_unmasking(p: Program, fd: int, ev: list[int]) -> None:
+    p.irqs(fd, EVENTFD | TRIGGER, INTX, 0, 1, eventfds(ev[0]))
+    p.irqs(fd, EVENTFD | UNMASK, INTX, 0, 1, eventfds(ev[1]))
+    watches = [one for one in threading.enumerate() if one.name == "vfio-unmask"]
+    p.close(fd)
+    for one in watches:
+        one.join(10)
+        assert not one.is_alive()
+    assert p.machine.pci[NETWORK].function.interrupts.unmask_watch is None
 
 
 def test_msi(p: Program, fd: int, ev: list[int]) -> None:

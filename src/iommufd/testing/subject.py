@@ -46,6 +46,9 @@ _GIVEN: dict[tuple[int, int | None], tuple[int, ...]] = {
     (0x3BA0, 11): (8,),  # ACCESS_REPLACE_IOAS.id
     (0x3BA0, 23): (16,),  # DMABUF_REVOKE.dmabuf_fd
     (0x3B68, None): (0,),  # VFIO_GROUP_SET_CONTAINER
+    (0x3B6E, None): (20, 24),  # VFIO_DEVICE_SET_IRQS.data
+    (0x3B71, None): (12, 16),  # VFIO_DEVICE_PCI_HOT_RESET.group_fds
+    (0x3B75, None): (8,),  # VFIO_DEVICE_FEATURE, entry into low power with a wake-up: its eventfd
     (0x3B76, None): (8,),  # VFIO_DEVICE_BIND_IOMMUFD.iommufd
 }
 _HANDED: dict[tuple[int, int | None], tuple[int, ...]] = {
@@ -216,6 +219,22 @@ class Subject:
         self._own.update(pair)
         self._note(["pipe"], [self._label(fd) for fd in pair])
         return pair
+
+    def eventfd(self) -> int:
+        """An eventfd that does not block."""
+        fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._own.add(fd)
+        self._note(["eventfd"], self._label(fd))
+        return fd
+
+    def signals(self, eventfd: int) -> int:
+        """How often an eventfd was signalled since the last look."""
+        try:
+            count = os.eventfd_read(eventfd)
+        except BlockingIOError:
+            count = 0
+        self._note(["signals", self._labels[eventfd]], count)
+        return count
 
     def dma_buf(self, fd: int, length: int, flags: int = 2) -> int:
         """A dma-buf of the test exporter. Its number is found by what is new among the process's own: 7.3.4 does not
@@ -427,13 +446,13 @@ class Subject:
         self._note(["read", self._labels[fd], count, *([] if offset is None else [offset])], said)
         return answer
 
-    def write(self, fd: int, data: bytes) -> Answer:
+    def write(self, fd: int, data: bytes, offset: int | None = None) -> Answer:
         try:
-            answer = Answer(self.backend.write(fd, data), 0)
+            answer = Answer(self.backend.write(fd, data, offset), 0)
         except OSError as error:
             answer = Answer(-1, error.errno or 0)
         said = answer.result if answer.result >= 0 else errno_name(answer.errno)
-        self._note(["write", self._labels[fd], data.hex()], said)
+        self._note(["write", self._labels[fd], data.hex(), *([] if offset is None else [offset])], said)
         return answer
 
     def poll(self, fd: int, *, wrnorm: bool = False) -> int:

@@ -5,8 +5,8 @@ Invariants:
 * INTx, MSI and MSI-X exclude each other: while one is configured the others cannot be.
 * A vector's eventfd is the owner's file, kept open here; the function's model signals it with
   :meth:`Interrupts.trigger`.
-* INTx masks itself when it fires and stays so until the owner unmasks it; if the model still asserts it then, it fires
-  again.
+* INTx masks itself when it fires and stays so until the owner unmasks it, by a call or by signalling an eventfd set for
+  that (:mod:`.unmask`); if the model still asserts it then, it fires again.
 * A failed change of several vectors leaves all it had reached, and the one it failed at, without a signal.
 """
 
@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 
 from iommufd.errors import KernelError
 from iommufd.uapi import vfio as v
+from iommufd.vfio.unmask import UnmaskWatch
 
 if TYPE_CHECKING:
     from iommufd.engine.task import Task
@@ -77,7 +78,7 @@ class Interrupts:
         self.vectors: list[EventFd | None] = []
         self.masked = False  # INTx
         self.asserted = False  # INTx: the model's line
-        self.unmask_event: EventFd | None = None  # INTx
+        self.unmask_watch: UnmaskWatch | None = None  # INTx
         self.notices: dict[int, EventFd] = {}  # ERR, REQ
         self.lock = threading.Lock()
 
@@ -166,9 +167,7 @@ class Interrupts:
         for event in self.vectors:
             if event is not None:
                 event.close()
-        if self.unmask_event is not None:
-            self.unmask_event.close()
-            self.unmask_event = None
+        self._stop_unmasking()
         if self.active == MSI:
             self.config.set_msi(0)
         if self.active == MSIX:
@@ -211,13 +210,29 @@ class Interrupts:
                 raise KernelError(errno.ENOTTY, "INTx cannot be masked by an eventfd")
             fd = int.from_bytes(data, "little", signed=True)
             new = eventfd_of(task, fd) if fd >= 0 else None
-            if self.unmask_event is not None:
-                self.unmask_event.close()
-            self.unmask_event = new
+            if new is None:
+                self._stop_unmasking()
+            elif self.unmask_watch is None:
+                self.unmask_watch = UnmaskWatch(new.fd, self._unmask)
+            else:
+                new.close()
+                raise KernelError(errno.EBUSY, "another eventfd unmasks INTx; it must be given up first")
             return
         if kind == NONE or data[0]:
             self.masked = action == MASK
             self._deliver_intx()
+
+    def _unmask(self, watch: UnmaskWatch) -> None:
+        """The owner signalled the eventfd that unmasks, perhaps while it was given up."""
+        with self.lock:
+            if watch is self.unmask_watch:
+                self.masked = False
+                self._deliver_intx()
+
+    def _stop_unmasking(self) -> None:
+        if self.unmask_watch is not None:
+            self.unmask_watch.close()
+            self.unmask_watch = None
 
     def _check_intx(self, head: v.vfio_irq_set) -> None:
         if self.active != INTX or head.start or head.count != 1:

@@ -42,6 +42,7 @@ CHAPTERS = (
     "vfio_cuts",
     "vfio_devices",
     "vfio_groups",
+    "vfio_pci",
     "noiommu",
     "processes",
 )

@@ -174,6 +174,8 @@ class SoftwareBackend:
         file = self._file(fd)
         buffer = bytearray(min(count, MOST))
         try:
+            if file.mode == os.O_WRONLY:
+                raise KernelError(errno.EBADF, f"descriptor {fd} is not open for reading")
             if self._instruments:
                 from iommufd.observe import watch
 
@@ -189,6 +191,8 @@ class SoftwareBackend:
     def write(self, fd: int, data: bytes, offset: int | None = None) -> int:
         file = self._file(fd)
         try:
+            if file.mode == os.O_RDONLY:
+                raise KernelError(errno.EBADF, f"descriptor {fd} is not open for writing")
             if self._instruments:
                 from iommufd.observe import watch
 
