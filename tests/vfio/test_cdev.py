@@ -464,9 +464,13 @@ def test_bars_are_regions(p: Program, iommufd: int) -> None:
 def test_memory_does_not_answer_when_it_is_disabled(p: Program, iommufd: int) -> None:
     fd, _ = p.bound(NETWORK, iommufd)
     p.set_config(fd, 4, 0, 2)
-    for region in (0, 1, 3, 6):
+    for region in (0, 1, 6):
         assert p.read(fd, region << 40, 4) == "EIO"
     assert p.write(fd, 0, b"1234") == "EIO"
+    table = 3 << 40  # 80 bytes that are VFIO's: no access to the device
+    assert (p.read(fd, table, 80), p.read(fd, table + 72, 8)) == (b"\xff" * 80, b"\xff" * 8)
+    assert [p.read(fd, table + 76, 8), p.read(fd, table + 80, 4), p.write(fd, table + 80, b"1234")] == ["EIO"] * 3
+    assert p.write(fd, table, b"1234") == 4
     assert p.read(fd, 2 << 40, 4) == b"\xff" * 4  # ports are something else
     p.set_config(fd, 4, 2, 2)
     assert p.read(fd, 6 << 40, 4) == b"\x55\xaa\0\0"
@@ -529,6 +533,15 @@ def test_reset(p: Program, iommufd: int, by: str) -> None:
         p.set_config(fd, p.machine.pci[NETWORK].function.config.express_at + 8, 0x8000, 2)
     assert p.read(fd, 0x40, 4) == bytes(4)
     assert (p.config(fd, 0x10, 4), p.config(fd, 0x3C, 1)) == (0x12340000, 0x55)  # those are put back
+
+
+def test_reset_wakes(p: Program, iommufd: int) -> None:
+    fd, _ = p.bound(NETWORK, iommufd)
+    config = p.machine.pci[NETWORK].function.config
+    p.set_config(fd, config.pm_at + 4, 3, 2)
+    assert config.power_state == 3
+    assert p.call(fd, RESET) == 0
+    assert config.power_state == 0
 
 
 def test_reset_of_what_cannot_be_reset(p: Program, iommufd: int) -> None:

@@ -125,6 +125,45 @@ def test_intx_is_unmasked_by_an_eventfd(p: Program, fd: int, ev: list[int]) -> N
     assert value(ev[1]) == 1
 
 
+def test_intx_is_silent_while_the_command_register_disables_it(p: Program, fd: int, ev: list[int]) -> None:
+    def heard(flags: int) -> tuple[object, int]:
+        return p.irqs(fd, flags, INTX, 0, 1), value(ev[0])
+
+    interrupts = p.machine.pci[NETWORK].function.interrupts
+    p.irqs(fd, EVENTFD | TRIGGER, INTX, 0, 1, eventfds(ev[0]))
+    p.set_config(fd, 4, 0x400, 2)
+    assert heard(NONE | TRIGGER) == (0, 0)
+    assert p.irqs(fd, BOOL | TRIGGER, INTX, 0, 1, b"\1") == 0
+    interrupts.set_intx(True)
+    assert heard(NONE | UNMASK) == (0, 0)
+    p.set_config(fd, 4, 0x406, 2)
+    assert value(ev[0]) == 0
+    p.set_config(fd, 4, 6, 2)
+    assert value(ev[0]) == 1  # the line is still up
+    interrupts.set_intx(False)
+    assert heard(NONE | TRIGGER) == (0, 1)
+    assert p.irqs(fd, NONE | TRIGGER, INTX, 0, 0) == 0
+    p.set_config(fd, 4, 0x400, 2)
+    p.irqs(fd, EVENTFD | TRIGGER, INTX, 0, 1, eventfds(ev[0]))
+    assert heard(NONE | TRIGGER) == (0, 0)  # it was so before
+    p.set_config(fd, 4, 0, 2)
+    assert heard(NONE | TRIGGER) == (0, 1)
+
+
+def test_no_messages_are_configured_asleep(p: Program, fd: int, ev: list[int]) -> None:
+    power = p.machine.pci[NETWORK].function.config.pm_at + 4
+    for index in (MSI, MSIX):
+        p.set_config(fd, power, 3, 2)
+        assert p.irqs(fd, EVENTFD | TRIGGER, index, 0, 1, eventfds(ev[0])) == "EINVAL"
+        p.set_config(fd, power, 0, 2)
+        assert p.irqs(fd, EVENTFD | TRIGGER, index, 0, 1, eventfds(ev[0])) == 0
+        p.set_config(fd, power, 3, 2)
+        assert (p.irqs(fd, NONE | TRIGGER, index, 0, 1), value(ev[0])) == (0, 1)
+        assert p.irqs(fd, EVENTFD | TRIGGER, index, 0, 1, eventfds(ev[1])) == 0  # it is configured
+        assert p.irqs(fd, NONE | TRIGGER, index, 0, 0) == 0
+    assert p.irqs(fd, EVENTFD | TRIGGER, INTX, 0, 1, eventfds(ev[0])) == 0  # a line needs nothing
+
+
 def test_closing_the_device_ends_unmasking(p: Program, fd: int, ev: list[int]) -> None:
     p.irqs(fd, EVENTFD | TRIGGER, INTX, 0, 1, eventfds(ev[0]))
     p.irqs(fd, EVENTFD | UNMASK, INTX, 0, 1, eventfds(ev[1]))

@@ -224,6 +224,7 @@ class DeviceFile(File):
         """VFIO_DEVICE_RESET."""
         if not self.device.function.resettable:
             raise KernelError(errno.EINVAL, f"{self.device.name} cannot be reset by itself")
+        self.device.function.config.wake()
         self.device.reset()
         return 0
 
@@ -264,7 +265,9 @@ class DeviceFile(File):
         function = self.device.function
         if index == CONFIG:
             function.config.check(offset, count)
-            function.config.write(offset, task.read(addr, count))
+            data = task.read(addr, count)
+            with function.interrupts.line_switch():
+                function.config.write(offset, data)
             if function.config.reset_requested:
                 function.config.reset_requested = False
                 self.device.reset()
@@ -282,10 +285,12 @@ class DeviceFile(File):
             raise KernelError(
                 errno.EINVAL, f"offset {offset:#x} of region {index}, which has {size:#x} bytes and flags {flags:#x}"
             )
+        count = min(count, size - offset)
         bar = function.layout.bar(index)
-        if (bar is None or bar.kind is not BarKind.IO) and not function.config.memory_enabled:
+        asleep = (bar is None or bar.kind is not BarKind.IO) and not function.config.memory_enabled
+        if asleep and not function.only_table(index, offset, count):
             raise KernelError(errno.EIO, f"memory access to {self.device.name} is disabled in its command register")
-        return min(count, size - offset)
+        return count
 
     def mmap(self, task: Task, offset: int, length: int, prot: int, shared: bool) -> tuple[int, int]:
         """A memory BAR, or part of it; EINVAL for anything else, and for a private mapping.

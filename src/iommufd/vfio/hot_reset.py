@@ -89,6 +89,7 @@ def reset(file: DeviceFile, task: Task, arg: int) -> int:
     else:
         _check_groups(device, task, arg + HEAD, head.count)
     for other in device.bus:
+        other.function.config.wake()
         other.reset()
     return 0
 

@@ -16,7 +16,7 @@ import contextlib
 import errno
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from iommufd.errors import KernelError
@@ -128,9 +128,24 @@ class Interrupts:
     def _deliver_intx(self) -> None:
         if self.asserted and not self.masked and self.active == INTX:
             self.masked = True
-            event = self.vectors[0]
-            if event is not None:
-                event.signal()
+            self._signal_intx()
+
+    def _signal_intx(self) -> None:
+        event = self.vectors[0]
+        if event is not None and not self.config.line_disabled:
+            event.signal()
+
+    @contextlib.contextmanager
+    def line_switch(self) -> Iterator[None]:
+        """Around a write to configuration space: switching the line off in the command register masks INTx, switching
+        it on unmasks it."""
+        with self.lock:
+            before = self.config.line_disabled
+            yield
+            after = self.config.line_disabled
+            if before != after:
+                self.masked = after
+                self._deliver_intx()
 
     # --- the owner's side
 
@@ -219,15 +234,18 @@ class Interrupts:
                 raise KernelError(errno.EBUSY, "another eventfd unmasks INTx; it must be given up first")
             return
         if kind == NONE or data[0]:
-            self.masked = action == MASK
-            self._deliver_intx()
+            self._set_masked(action == MASK)
+
+    def _set_masked(self, masked: bool) -> None:
+        """It stays masked as long as the command register keeps the line silent."""
+        self.masked = masked or self.config.line_disabled
+        self._deliver_intx()
 
     def _unmask(self, watch: UnmaskWatch) -> None:
         """The owner signalled the eventfd that unmasks, perhaps while it was given up."""
         with self.lock:
             if watch is self.unmask_watch:
-                self.masked = False
-                self._deliver_intx()
+                self._set_masked(False)
 
     def _stop_unmasking(self) -> None:
         if self.unmask_watch is not None:
@@ -252,13 +270,13 @@ class Interrupts:
                     self.vectors[0].close()
             else:
                 self.active = INTX
-                self.masked = False
+                self.masked = self.config.line_disabled
             self.vectors = [new]
             self._deliver_intx()
             return
         self._check_intx(head)
-        if (kind == NONE or data[0]) and self.vectors[0] is not None:
-            self.vectors[0].signal()
+        if kind == NONE or data[0]:
+            self._signal_intx()
 
     def _trigger_msi(self, task: Task, head: v.vfio_irq_set, kind: int, data: bytes) -> None:
         index = head.index
@@ -288,6 +306,8 @@ class Interrupts:
     def _enable_msi(self, index: int, vectors: int) -> None:
         if not vectors:
             raise KernelError(errno.ERANGE, f"interrupt index {index} cannot be configured for no vector")
+        if self.config.power_state:
+            raise KernelError(errno.EINVAL, f"no messages can be configured in D{self.config.power_state}")
         self.active = index
         self.vectors = [None] * vectors
         if index == MSI:

@@ -285,6 +285,16 @@ class ConfigSpace:
         """0 (D0, awake) to 3 (D3hot), of the power management capability."""
         return self.value[self.pm_at + 4] & 3 if self.pm_at else D0
 
+    def wake(self) -> None:
+        """Back to D0, as VFIO does before it resets the function."""
+        if self.pm_at:
+            self.value[self.pm_at + 4] &= ~3
+
+    @property
+    def line_disabled(self) -> bool:
+        """Whether the owner keeps the interrupt line silent (Interrupt Disable of the command register)."""
+        return bool(self.command & COMMAND_INTX_DISABLE)
+
     @property
     def memory_enabled(self) -> bool:
         """Whether memory BARs answer: COMMAND says so and the function is not asleep."""

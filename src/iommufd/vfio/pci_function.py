@@ -101,6 +101,10 @@ class PciFunction:
         else:
             self._bar_write(bar, offset, data)
 
+    def only_table(self, bar: int, offset: int, count: int) -> bool:
+        """Whether an access stays within the MSI-X table, and so never reaches the device."""
+        return self._msix_part(bar, offset, count) == (0, count)
+
     def _msix_part(self, bar: int, offset: int, count: int) -> tuple[int, int] | None:
         """Which of ``count`` bytes at ``offset`` are the MSI-X table, as a slice."""
         layout = self.layout

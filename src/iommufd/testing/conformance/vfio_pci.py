@@ -198,6 +198,28 @@ def the_interrupt_line(s: Subject) -> None:
     wants(s, EINVAL, irqs(s, fd, NONE | TRIGGER, INTX, 0, 0), "it is off")
 
 
+@check("devices 11 interrupts", needs="vtd")
+def a_line_that_is_switched_off(s: Subject) -> None:
+    """Interrupt Disable of the command register: nothing is heard, not even what the owner triggers."""
+    fd, _ = bound(s, ALONE, s.open())
+    event = s.eventfd()
+    for before in (0, 0x400):
+        s.write(fd, words(before)[:2], CONFIG + 4)
+        wants(s, 0, irqs(s, fd, EVENTFD | TRIGGER, INTX, 0, 1, words(event)), "configured")
+        for command in (before, 0x400, 0, 0x400, 0x406):
+            s.write(fd, words(command)[:2], CONFIG + 4)
+            wants(s, 0, irqs(s, fd, NONE | TRIGGER, INTX, 0, 1), "triggered")
+            s.expect(s.signals(event) == (not command), f"with {command:#x} in the command register")
+        for flags in (NONE | UNMASK, NONE | MASK, NONE | UNMASK, BOOL | TRIGGER):
+            wants(s, 0, irqs(s, fd, flags, INTX, 0, 1, b"\1"), "masked and unmasked")
+            wants(s, 0, irqs(s, fd, NONE | TRIGGER, INTX, 0, 1), "triggered")
+            s.expect(s.signals(event) == 0, "still off")
+        s.write(fd, words(6)[:2], CONFIG + 4)
+        wants(s, 0, irqs(s, fd, NONE | TRIGGER, INTX, 0, 1), "triggered")
+        s.expect(s.signals(event) == 1, "on")
+        wants(s, 0, irqs(s, fd, NONE | TRIGGER, INTX, 0, 0), "off")
+
+
 @check("devices 11 feature", needs="vtd")
 def features(s: Subject) -> None:
     """Every number and every operation, with room for a payload and without."""
