@@ -62,6 +62,8 @@ def test_system_calls_on_a_context_answer_as_the_kernel(supervised: Supervised) 
         fails(errno.EINVAL, os.lseek, fd, 0, 5)
         fails(errno.EINVAL, fcntl.fcntl, fd, fcntl.F_SETFL, os.O_DIRECT)
         fails(errno.ENOTTY, fcntl.ioctl, fd, 0x5460)  # FIOQSIZE
+        for cmd in (0xC0045877, 0xC0045878):  # FIFREEZE, FITHAW
+            fails(errno.EPERM if os.geteuid() else errno.EOPNOTSUPP, fcntl.ioctl, fd, cmd)
         fails(errno.EINVAL, os.ftruncate, fd, 4096)
         fails(errno.EINVAL, os.fsync, fd)
         fails(errno.ENOTDIR, os.listdir, fd)

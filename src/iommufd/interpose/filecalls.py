@@ -36,6 +36,7 @@ Handler = Callable[[Trap], "int | Pending | Proceed | Answered"]
 # Generic ioctls that the VFS answers before the driver sees them, and answers rightly for a carrier.
 FIGETBSZ, FIONBIO, FIONCLEX, FIOCLEX, FIOASYNC, FS_IOC_FIEMAP = 2, 0x5421, 0x5450, 0x5451, 0x5452, 0xC020660B
 FIOQSIZE = 0x5460
+FREEZE = (0xC0045877, 0xC0045878)  # FIFREEZE, FITHAW
 GENERIC_IOCTLS = frozenset((FIGETBSZ, FIONBIO, FIONCLEX, FIOCLEX, FIOASYNC, FS_IOC_FIEMAP))
 
 F_DUPFD, F_GETFL, F_SETFL, F_SETLEASE, F_NOTIFY, F_DUPFD_CLOEXEC = 0, 3, 4, 1024, 1026, 1030
@@ -89,6 +90,9 @@ class FileCalls:
         carrier, task = found
         if cmd == FIOQSIZE and not carrier.flags & os.O_PATH:
             raise KernelError(errno.ENOTTY, "FIOQSIZE is for files and directories")
+        if cmd in FREEZE and not carrier.flags & os.O_PATH:
+            may = task.thread.effective_uid() == 0
+            raise KernelError(errno.EOPNOTSUPP if may else errno.EPERM, "no file system that could be frozen")
         if carrier.mapped:
             self._mappings.settle(carrier, trap.tid)
         if self._world.instruments:
