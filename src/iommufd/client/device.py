@@ -34,8 +34,8 @@ class Device(Object):
     kind: ClassVar[str] = "DEVICE"
 
     def __init__(self, context: Context, number: int) -> None:
-        super().__init__(context, number)
         self._hwpts: dict[int, tuple[PageTable, HWPT | NestedHWPT]] = {}
+        super().__init__(context, number)
 
     # ------------------------------------------------------------------------------------------------------ attaching
 

@@ -98,9 +98,10 @@ class FaultQueue(Queue[FaultGroup]):
 
     kind: ClassVar[str] = "FAULT"
 
+    _room = 4080
+
     def __init__(self, context: Context, number: int, fd: int) -> None:
         super().__init__(context, number, fd)
-        self._room = 4080
 
     def _whole(self, room: int) -> int:
         return room // MESSAGE * MESSAGE

@@ -77,10 +77,10 @@ class HWPT(PageTable):
         *,
         automatic: bool = False,
     ) -> None:
-        super().__init__(context, number, ioas, fault_queue)
         self.ioas = ioas
         self.fault_queue = fault_queue
         self.automatic = automatic
+        super().__init__(context, number, ioas, fault_queue)
 
     def close(self) -> None:
         if self.automatic and not self.closed:
@@ -194,9 +194,9 @@ class NestedHWPT(PageTable):
         parent: HWPT | VIOMMU | None = None,
         fault_queue: FaultQueue | None = None,
     ) -> None:
-        super().__init__(context, number, parent, fault_queue)
         self.parent = parent
         self.fault_queue = fault_queue
+        super().__init__(context, number, parent, fault_queue)
 
     def invalidate(self, entries: Iterable[Entry]) -> int:
         """Drops cached translations of the guest's table (IOMMU_HWPT_INVALIDATE); how many entries were handled.

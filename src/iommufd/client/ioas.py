@@ -64,8 +64,8 @@ class IOAS(PageTable):
     kind: ClassVar[str] = "IOAS"
 
     def __init__(self, context: Context, number: int) -> None:
-        super().__init__(context, number)
         self._mappings: dict[int, Mapping] = {}
+        super().__init__(context, number)
 
     # ------------------------------------------------------------------------------------------------------- mapping
 

@@ -32,7 +32,10 @@ _serial = itertools.count()
 
 
 class Object:
-    """One object of a context: numbered ``id`` there. ``parents`` are those it holds, None for one not known here."""
+    """One object of a context: numbered ``id`` there. ``parents`` are those it holds, None for one not known here.
+
+    From the last line of ``__init__`` on other threads find it (and may close it): a subclass sets what is its own
+    before it calls this one's."""
 
     kind: ClassVar[str] = "object"
     _adoptable: ClassVar[bool] = True  # whether a number is all it takes to make one
@@ -146,8 +149,8 @@ class PageTable(Object):
     """What a device can be attached to: an IOAS, a HWPT. Remembers the attachments, to undo them before it goes."""
 
     def __init__(self, context: Context, number: int, *parents: Object | None) -> None:
-        super().__init__(context, number, *parents)
         self._attached: dict[tuple[Device, int], bool] = {}
+        super().__init__(context, number, *parents)
 
     def close(self) -> None:
         if not self.closed:

@@ -32,17 +32,17 @@ class Queue(Object, Generic[R]):
     """A kernel object with a descriptor that records are read from."""
 
     _adoptable = False
+    _room = 4096
 
     def __init__(self, context: Context, number: int, fd: int, *parents: Object | None) -> None:
-        super().__init__(context, number, *parents)
         self._handle = Handle(context.backend, fd, f"{type(self).__name__} {number}")
         self._ready: deque[R] = deque()
         self._lock = threading.Lock()  # one reader at a time, so that records stay in order
         self._waiters: dict[asyncio.AbstractEventLoop, list[asyncio.Future[None]]] = {}
-        self._room = 4096
         self._waiting = 0  # threads in poll
         self._closing = False
         self._left = threading.Condition()
+        super().__init__(context, number, *parents)
 
     # -------------------------------------------------------------------------------------------------------- reading
 

@@ -118,10 +118,10 @@ class VEventQueue(Queue["VEvent | LostEvents"]):
         type: int = 0,
         event_size: int = 0,
     ) -> None:
-        super().__init__(context, number, fd, viommu)
         self.type = type
         self.event_size = event_size
         self._expected = 0
+        super().__init__(context, number, fd, viommu)
 
     def _parse(self, data: bytes) -> list[VEvent | LostEvents]:
         events: list[VEvent | LostEvents] = []

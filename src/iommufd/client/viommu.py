@@ -34,10 +34,10 @@ class VIOMMU(Object):
     def __init__(
         self, context: Context, number: int, parent: HWPT | None = None, type: int = 0, data: Struct | None = None
     ) -> None:
-        super().__init__(context, number, parent)
         self.parent = parent
         self.type = type
         self.data = data
+        super().__init__(context, number, parent)
 
     def alloc_nested(
         self, device: Device, data: HwptData, *, fault_queue: FaultQueue | None = None, pasid: bool = False
@@ -125,10 +125,10 @@ class VDevice(Object):
         device: Device | None = None,
         virt_id: int = 0,
     ) -> None:
-        super().__init__(context, number, viommu, device)
         self.viommu = viommu
         self.device = device
         self.virt_id = virt_id
+        super().__init__(context, number, viommu, device)
 
     def _describe(self) -> str:
         return f"{self.virt_id:#x} is device {self.device.number}" if self.device is not None else ""
@@ -148,11 +148,11 @@ class HWQueue(Object):
         iova: int = 0,
         length: int = 0,
     ) -> None:
-        super().__init__(context, number, viommu)
         self.viommu = viommu
         self.index = index
         self.iova = iova
         self.length = length
+        super().__init__(context, number, viommu)
 
     def mmap(self, *, writeable: bool = True) -> memoryview:
         """The registers of the vIOMMU's queues, see :meth:`VIOMMU.mmap`."""

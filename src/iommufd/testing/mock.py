@@ -63,8 +63,8 @@ class MockDevice(Device):
     def __init__(self, context: Context, target: PageTable, *, dirty: bool = True, pasid: bool = False) -> None:
         flags = (0 if dirty else t.MOCK_FLAGS_DEVICE_NO_DIRTY) | (t.MOCK_FLAGS_DEVICE_PASID if pasid else 0)
         made = context.do(t.test_mock_domain_flags(id=target.id, dev_flags=flags))
-        super().__init__(context, made.out_idev_id)
         self.stdev = made.out_stdev_id
+        super().__init__(context, made.out_idev_id)
         self._note(target, 0, self._hwpt_of(target, made.out_hwpt_id))
 
     # PASID 0 of the test command is the device itself

@@ -123,10 +123,10 @@ class VFIODevice(Device):
     _adoptable = False
 
     def __init__(self, context: Context, number: int, handle: Handle, path: str) -> None:
-        super().__init__(context, number)
         self._handle = handle
         self.path = path
         self._regions: dict[int, Region] = {}
+        super().__init__(context, number)
 
     def fileno(self) -> int:
         """The descriptor of the device file."""
