@@ -1,7 +1,7 @@
 """An unmodified VMM on the software machine: QEMU gives one of its PCI devices to a guest.
 
 It comes by the type1 container, as QEMU always could, and by /dev/iommu and the device file, as since 8.2: sysfs,
-regions, interrupts, and all of the guest's memory mapped. The device is a Python object, so the test sees where its DMA
+regions, and all of the guest's memory mapped. The device is a Python object, so the test sees where its DMA
 goes. KVM is not needed. ``QEMU`` in the environment is another one to try.
 """
 
@@ -53,8 +53,7 @@ class Scribe(PciFunction):
 def domain_of(machine: Machine) -> ExtentDomain:
     """The page table the device is attached to."""
     (device,) = machine.devices
-    assert device.group is not None
-    domain = device.group.domain
+    domain = machine.pci.driver.domain_of(device)
     assert isinstance(domain, ExtentDomain), domain
     return domain
 

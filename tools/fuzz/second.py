@@ -9,7 +9,7 @@ from __future__ import annotations
 import errno
 import mmap
 import os
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from iommufd.client.backends.software.own_task import task_class
 from iommufd.errors import KernelError
@@ -46,8 +46,8 @@ class Second:
         self._child = Child()
         self._child.unmap(ARENA, size)
         self._child.map(ARENA, size, _RW, _FRESH)
-        self.owner: Any = ChildProcess(backend, self._child.pid)  # as OwnProcess
-        self._task = task_class(self.owner, self)  # type: ignore[arg-type]
+        self.owner = ChildProcess(backend, self._child.pid)
+        self._task = task_class(self.owner, self)  # type: ignore[arg-type]  # descriptors as far as a task asks
 
     def end(self) -> None:
         """Ends the child and waits for that; its descriptors go then."""
